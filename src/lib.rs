@@ -1,0 +1,6 @@
+//! llava-engine.
+
+pub mod dtype;
+pub mod error;
+pub mod model;
+pub mod tensor;

@@ -1,0 +1,3 @@
+//! LLaVA: vision tower, projector, decoder.
+
+pub mod config;
