@@ -1,6 +1,8 @@
 //! llava-engine.
 
+pub mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod model;
+pub mod ops;
 pub mod tensor;

@@ -1,0 +1,1 @@
+//! A fixed pool of threads that share the tasks of one op at a time.

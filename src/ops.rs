@@ -1,0 +1,228 @@
+//! [`Ops`]: everything a device does for the model, as coarse operations on planned buffers.
+//!
+//! Outputs come first, then inputs, then scalars. Every tensor is contiguous and row-major; `tokens` counts rows of all sequences of
+//! a batch, one after the other. Activations have the device's own dtype ([`Ops::activation_dtype`]), weights that of their file.
+//! The trait is object-safe, so that decorators such as a profiler stand in front of any device.
+
+use std::sync::Arc;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// Rows of one sequence within a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Span<'a> {
+    /// Its first row in the batch's tensors.
+    pub first_row: usize,
+    /// How many rows it has there.
+    pub n_rows: usize,
+    /// Tokens of it that are in the cache already: the position of its first row.
+    pub past: usize,
+    /// Its pages in the KV cache, in order; they hold at least `past + n_rows` tokens. Empty where no cache is used.
+    pub pages: &'a [u32],
+}
+
+impl Span<'_> {
+    /// `n` sequences of `n_rows` rows each, with nothing cached.
+    pub fn uniform(n: usize, n_rows: usize) -> Vec<Span<'static>> {
+        (0..n).map(|i| Span { first_row: i * n_rows, n_rows, past: 0, pages: &[] }).collect()
+    }
+}
+
+/// Heads of an attention layer, and where they lie in a row of `qkv`:
+/// `n_heads * head_dim` of queries, then `n_kv_heads * head_dim` of keys, then as much of values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; each serves `n_heads / n_kv_heads` query heads.
+    pub n_kv_heads: usize,
+    /// Width of a head; a multiple of 8.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Width of the queries, and of the attention's output.
+    pub fn q_width(&self) -> usize {
+        self.n_heads * self.head_dim
+    }
+
+    /// Width of the keys, and of the values.
+    pub fn kv_width(&self) -> usize {
+        self.n_kv_heads * self.head_dim
+    }
+
+    /// Width of a row of `qkv`.
+    pub fn qkv_width(&self) -> usize {
+        self.q_width() + 2 * self.kv_width()
+    }
+}
+
+/// Keys and values of one layer, in pages: both are `[n_pages, n_kv_heads, page_tokens, head_dim]`.
+///
+/// A head's tokens lie together within a page, so that decoding streams them.
+#[derive(Debug)]
+pub struct KvLayer {
+    /// Keys, already rotated.
+    pub k: Tensor,
+    /// Values.
+    pub v: Tensor,
+}
+
+impl KvLayer {
+    /// Tokens of one page.
+    pub fn page_tokens(&self) -> usize {
+        self.k.shape()[2]
+    }
+}
+
+/// Where attention reads keys and values.
+#[derive(Clone, Copy, Debug)]
+pub enum KvSource<'a> {
+    /// In the same `qkv` rows as the queries: CLIP, and training.
+    Own,
+    /// In the pages that each [`Span`] names.
+    Paged(&'a KvLayer),
+}
+
+/// The matrix of a linear layer: parts `[n_i, k]` stacked along their rows, so that Q, K and V run as one without being copied together.
+#[derive(Clone, Debug)]
+pub struct Weight {
+    /// The parts, top to bottom; all have the same `k` and the same dtype.
+    pub parts: Vec<Arc<Tensor>>,
+    /// Column of the output where the first part's result goes.
+    pub first_col: usize,
+}
+
+impl Weight {
+    /// Parts stacked in this order.
+    pub fn stacked(parts: Vec<Arc<Tensor>>) -> Result<Self> {
+        let [_, k] = parts.first().ok_or_else(|| Error::shape("weight", "parts", "at least one", 0))?.dims2("weight", "part")?;
+        for part in &parts {
+            let [_, part_k] = part.dims2("weight", "part")?;
+            if part_k != k || part.dtype() != parts[0].dtype() {
+                return Err(Error::shape("weight", "part", &parts[0], part));
+            }
+        }
+        Ok(Self { parts, first_col: 0 })
+    }
+
+    /// Rows of all parts: the width of the result.
+    pub fn n(&self) -> usize {
+        self.parts.iter().map(|p| p.rows()).sum()
+    }
+
+    /// Width of the input.
+    pub fn k(&self) -> usize {
+        self.parts[0].shape()[1]
+    }
+
+    /// Storage format of the parts.
+    pub fn dtype(&self) -> DType {
+        self.parts[0].dtype()
+    }
+
+    /// Bytes of all parts.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(|p| p.bytes()).sum()
+    }
+
+    /// A range of the parts; the result goes to the columns that it has in the whole.
+    pub fn select(&self, range: std::ops::Range<usize>) -> Self {
+        let first_col = self.first_col + self.parts[..range.start].iter().map(|p| p.rows()).sum::<usize>();
+        Self { parts: self.parts[range].to_vec(), first_col }
+    }
+}
+
+/// What a matrix product does with its result `r = x·Wᵀ + bias`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    /// y = r
+    Store,
+    /// y += r: the residual stream.
+    Add,
+    /// y = r·σ(1.702 r)
+    QuickGelu,
+    /// y = r·Φ(r), with the exact erf
+    Gelu,
+}
+
+/// `n_rows` rows copied from row `src` on to row `dst` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowCopy {
+    /// First row written.
+    pub dst: usize,
+    /// First row read.
+    pub src: usize,
+    /// Rows copied.
+    pub n_rows: usize,
+}
+
+/// A device's operations. All check their operands and say which one does not fit.
+pub trait Ops: Send + Sync {
+    /// What it runs on, for `info` and reports.
+    fn name(&self) -> String;
+
+    /// The dtype of activations.
+    fn activation_dtype(&self) -> DType;
+
+    /// A zeroed buffer on the device.
+    fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor>;
+
+    /// Brings a host tensor to the device. On the CPU that is the tensor itself: mapped weights stay where they are.
+    fn upload(&self, tensor: Tensor) -> Result<Tensor>;
+
+    /// The elements of a device tensor as f32.
+    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>>;
+
+    /// y\[:, c..c+n\] = epilogue(x·Wᵀ + bias), c = `w.first_col`
+    ///
+    /// x `[tokens, k]`, W `[n, k]`, bias f32 `[n]`, y `[tokens, >= c + n]`; the other columns of y stay as they are.
+    /// Reads W once: `n·k` weights and `2·tokens·n·k` FLOPs.
+    fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()>;
+
+    /// y = x·w / sqrt(mean(x²) + eps), over rows: x, y `[tokens, hidden]`, w `[hidden]`. Sums in f32 or wider.
+    fn rms_norm(&self, y: &mut Tensor, x: &Tensor, w: &Tensor, eps: f32) -> Result<()>;
+
+    /// y = (x − mean(x))·w / sqrt(var(x) + eps) + b, over rows: x, y `[tokens, hidden]`, w, b `[hidden]`.
+    fn layer_norm(&self, y: &mut Tensor, x: &Tensor, w: &Tensor, b: &Tensor, eps: f32) -> Result<()>;
+
+    /// y = silu(gate) ⊙ up: gate_up `[tokens, 2·n]` (gate first), y `[tokens, n]`.
+    fn silu_mul(&self, y: &mut Tensor, gate_up: &Tensor) -> Result<()>;
+
+    /// y\[i\] = table\[ids\[i\]\]: table `[vocab, hidden]`, y `[ids.len(), hidden]`.
+    fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()>;
+
+    /// Cuts pictures into patches: pixels `[images, 3, h, w]` → y `[images·(h/p)·(w/p), 3·p·p]`, a patch in (channel, row, column) order,
+    /// as the weights of CLIP's convolution lie.
+    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()>;
+
+    /// CLIP's embeddings: y\[i·(1+p)\] = class + pos\[0\], y\[i·(1+p)+1+j\] = patches\[i·p+j\] + pos\[1+j\].
+    ///
+    /// patches `[images·p, hidden]`, class `[hidden]`, pos `[1+p, hidden]`, y `[images·(1+p), hidden]`.
+    fn clip_embed(&self, y: &mut Tensor, patches: &Tensor, class: &Tensor, positions: &Tensor) -> Result<()>;
+
+    /// Rotates the queries and keys of `qkv` in place and appends keys and values to the cache.
+    ///
+    /// Row r of a span stands at position `past + r`; pair (i, i + head_dim/2) of each head turns by the angle of `cos`, `sin`
+    /// `[positions, head_dim/2]` f32 there (half-split pairs, as in HF checkpoints; Su et al., arXiv 2104.09864).
+    fn rope_append(&self, qkv: &mut Tensor, kv: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) -> Result<()>;
+
+    /// out = softmax(q·Kᵀ/√head_dim)·V for each head: q in qkv `[tokens, qkv_width]`, out `[tokens, q_width]`.
+    ///
+    /// Row r of a span sees the first `past + r + 1` tokens of its sequence if `causal`, else all `past + n_rows`.
+    fn attention(&self, out: &mut Tensor, qkv: &Tensor, kv: KvSource<'_>, spans: &[Span<'_>], heads: Heads, causal: bool) -> Result<()>;
+
+    /// Copies rows between tensors of one row length: splices image features, gathers last rows.
+    fn copy_rows(&self, dst: &mut Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()>;
+}
+
+/// Cosines and sines of the rotary embedding, both `[positions, head_dim / 2]` f32.
+#[derive(Debug)]
+pub struct RopeTable {
+    /// cos(position · frequency)
+    pub cos: Tensor,
+    /// sin(position · frequency)
+    pub sin: Tensor,
+}
