@@ -75,7 +75,9 @@ def main() -> None:
         upright = np.array(ImageOps.exif_transpose(image).convert("RGB"))
         if upright.shape != rgb.shape or (upright != rgb).any():
             pixels[f"{name}.upright"] = upright
-    save_file({k: np.ascontiguousarray(v) for k, v in pixels.items()}, DIR / "pixels.safetensors")
+    path = DIR / "pixels.safetensors"
+    save_file({k: np.ascontiguousarray(v) for k, v in pixels.items()}, path)
+    path.chmod(0o644)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def bpe_vocab_and_merges(sp: spm.SentencePieceProcessor):
         for _, _, i in sorted(cuts):
             merges.append((sp.get_score(rank), piece[:i], piece[i:]))
     merges.sort(key=lambda m: -m[0])
-    return vocab, [[a, b] for _, a, b in merges]
+    return vocab, [f"{a} {b}" for _, a, b in merges]
 
 
 def added_token(token_id: int, content: str) -> dict:
@@ -88,7 +88,8 @@ def added_token(token_id: int, content: str) -> dict:
 def tokenizer_json_4x(model_path: Path) -> dict:
     """The `tokenizer.json` that transformers 4.x wrote and that the llava-hf repositories on the hub still hold.
 
-    Its normalizer prepends "▁" to *every* stretch between added tokens, not only to the first.
+    Its normalizer prepends "▁" to *every* stretch between added tokens, not only to the first. Merges are strings "a b";
+    files of transformers 4.45 and later hold pairs ["a", "b"].
     """
     sp = spm.SentencePieceProcessor(model_file=str(model_path))
     vocab, merges = bpe_vocab_and_merges(sp)
@@ -99,7 +100,7 @@ def tokenizer_json_4x(model_path: Path) -> dict:
         "padding": None,
         "added_tokens": [
             added_token(0, "<unk>"), added_token(1, "<s>"), added_token(2, "</s>"),
-            added_token(IMAGE_TOKEN_ID, "<image>"), added_token(PAD_TOKEN_ID, "<pad>"),
+            added_token(sp.get_piece_size(), "<image>"), added_token(sp.get_piece_size() + 1, "<pad>"),
         ],
         "normalizer": {
             "type": "Sequence",
