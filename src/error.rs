@@ -81,6 +81,9 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// Ended on request before it was done.
+    #[error("cancelled")]
+    Cancelled,
     /// Something that this build or this machine does not have.
     #[error("{0}")]
     Unsupported(String),

@@ -212,7 +212,15 @@ pub trait Ops: Send + Sync {
     /// out = softmax(q·Kᵀ/√head_dim)·V for each head: q in qkv `[tokens, qkv_width]`, out `[tokens, q_width]`.
     ///
     /// Row r of a span sees the first `past + r + 1` tokens of its sequence if `causal`, else all `past + n_rows`.
-    fn attention(&self, out: &mut Tensor, qkv: &Tensor, kv: KvSource<'_>, spans: &[Span<'_>], heads: Heads, causal: bool) -> Result<()>;
+    fn attention(
+        &self,
+        out: &mut Tensor,
+        qkv: &Tensor,
+        kv: KvSource<'_>,
+        spans: &[Span<'_>],
+        heads: Heads,
+        causal: bool,
+    ) -> Result<()>;
 
     /// Copies rows between tensors of one row length: splices image features, gathers last rows.
     fn copy_rows(&self, dst: &mut Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()>;

@@ -17,9 +17,15 @@ const ALIGN: usize = 64;
 
 /// Zeroed, 64-byte-aligned memory. Pages that were never written take no memory, so a plan may reserve for the longest prompt.
 struct HostBuffer {
+    /// What the allocator gave: aligned to [`MALLOC_ALIGN`] only.
+    base: NonNull<u8>,
+    /// The first aligned byte in it.
     ptr: NonNull<u8>,
     bytes: usize,
 }
+
+/// What every allocator aligns to by itself. For more, Rust's zeroes by writing, which takes the memory at once.
+const MALLOC_ALIGN: usize = 16;
 
 // SAFETY: the buffer is plain memory that nothing else points to; access goes through `&`/`&mut` of its owner.
 unsafe impl Send for HostBuffer {}
@@ -30,20 +36,23 @@ impl HostBuffer {
     fn zeroed(bytes: usize) -> Self {
         let layout = Self::layout(bytes);
         // SAFETY: `layout` never has size zero.
-        let ptr = unsafe { alloc_zeroed(layout) };
-        let ptr = NonNull::new(ptr).unwrap_or_else(|| handle_alloc_error(layout));
-        Self { ptr, bytes }
+        let base = unsafe { alloc_zeroed(layout) };
+        let base = NonNull::new(base).unwrap_or_else(|| handle_alloc_error(layout));
+        // SAFETY: the layout has `ALIGN` bytes to spare, and the next aligned address is less than that away.
+        let ptr = unsafe { base.add(base.align_offset(ALIGN)) };
+        Self { base, ptr, bytes }
     }
 
     fn layout(bytes: usize) -> Layout {
-        Layout::from_size_align(bytes.max(ALIGN), ALIGN).expect("a tensor is smaller than the address space")
+        let padded = bytes.checked_add(ALIGN).expect("a tensor is smaller than the address space");
+        Layout::from_size_align(padded, MALLOC_ALIGN).expect("a tensor is smaller than the address space")
     }
 }
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
         // SAFETY: allocated in `zeroed` with the same layout, and freed only here.
-        unsafe { dealloc(self.ptr.as_ptr(), Self::layout(self.bytes)) }
+        unsafe { dealloc(self.base.as_ptr(), Self::layout(self.bytes)) }
     }
 }
 
@@ -184,9 +193,11 @@ impl Tensor {
         assert_eq!(self.dtype, T::DTYPE, "{self:?} written as {}", T::DTYPE);
         let bytes = self.bytes();
         match &mut self.storage {
-            // SAFETY: the buffer has at least `bytes` bytes (checked wherever the shape changes), all initialised (zeroed when
-            // allocated), and `&mut self` is the only way to it.
-            Storage::Owned(buffer) => bytemuck::cast_slice_mut(unsafe { std::slice::from_raw_parts_mut(buffer.ptr.as_ptr(), bytes) }),
+            Storage::Owned(buffer) => {
+                // SAFETY: the buffer has at least `bytes` bytes (checked wherever the shape changes), all initialised (zeroed when
+                // allocated), and `&mut self` is the only way to it.
+                bytemuck::cast_slice_mut(unsafe { std::slice::from_raw_parts_mut(buffer.ptr.as_ptr(), bytes) })
+            }
             Storage::Mapped { .. } => panic!("{self:?} lies in a mapped file and cannot be written"),
         }
     }
@@ -248,6 +259,19 @@ mod tests {
         assert_eq!(t.as_slice::<f32>(), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
         t.set_rows(4);
         assert_eq!(t.as_slice::<f32>()[11], 11.0);
+    }
+
+    #[test]
+    fn memory_is_taken_when_it_is_written_and_not_before() {
+        let resident = || -> usize {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+            statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+        };
+        let before = resident();
+        let mut t = Tensor::zeros(&[1 << 28], DType::F32); // 1 GiB
+        assert_eq!(t.as_bytes().as_ptr() as usize % ALIGN, 0);
+        t.as_mut_slice::<f32>()[1 << 27] = 1.0;
+        assert!(resident() < before + (256 << 20), "the whole tensor was touched");
     }
 
     #[test]

@@ -1,7 +1,14 @@
 //! What a checkpoint is: the shapes and constants of its three parts, whichever layout they were written in.
 
+use std::fmt;
+
+pub use crate::image::{Fit, Preprocess};
+pub use crate::nn::RopeScaling;
+use crate::ops::Heads;
+use serde::Serialize;
+
 /// CLIP vision tower (ViT), as `vision_config` of a llava-hf checkpoint or `config.json` of a CLIP checkpoint gives it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ClipConfig {
     /// Side of the square input picture in pixels.
     pub image_size: usize,
@@ -22,6 +29,20 @@ pub struct ClipConfig {
 }
 
 impl ClipConfig {
+    /// The tower of every released LLaVA, `openai/clip-vit-large-patch14` and, for 336 pixels, `-336`.
+    pub fn vit_l_14(image_size: usize) -> Self {
+        Self {
+            image_size,
+            patch_size: 14,
+            hidden_size: 1024,
+            intermediate_size: 4096,
+            n_layers: 24,
+            n_heads: 16,
+            layer_norm_eps: 1e-5,
+            activation: Activation::QuickGelu,
+        }
+    }
+
     /// Patches of a picture, without the class token.
     pub fn n_patches(&self) -> usize {
         (self.image_size / self.patch_size).pow(2)
@@ -34,7 +55,7 @@ impl ClipConfig {
 }
 
 /// Activation functions that the checkpoints name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Activation {
     /// x·σ(1.702x), CLIP's (`quick_gelu`).
     QuickGelu,
@@ -43,7 +64,7 @@ pub enum Activation {
 }
 
 /// LLaMA decoder.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LlamaConfig {
     /// Rows of the embedding and of the head.
     pub vocab_size: usize,
@@ -71,31 +92,15 @@ pub struct LlamaConfig {
     pub tie_word_embeddings: bool,
 }
 
-/// How rotary frequencies are stretched (`rope_scaling` / `rope_parameters`).
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// All positions divided by a factor.
-    Linear {
-        /// The divisor.
-        factor: f32,
-    },
-    /// Llama 3.1's interpolation by wavelength.
-    Llama3 {
-        /// Divisor of the low frequencies.
-        factor: f32,
-        /// Wavelengths above `original_context / low_freq_factor` are divided.
-        low_freq_factor: f32,
-        /// Wavelengths below `original_context / high_freq_factor` are kept.
-        high_freq_factor: f32,
-        /// Context of the model before stretching, in tokens.
-        original_context: usize,
-    },
+impl LlamaConfig {
+    /// Heads of its attention layers.
+    pub fn heads(&self) -> Heads {
+        Heads { n_heads: self.n_heads, n_kv_heads: self.n_kv_heads, head_dim: self.head_dim }
+    }
 }
 
 /// The layers between the vision tower and the decoder.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum ProjectorConfig {
     /// Features are passed on as they are.
     Identity,
@@ -108,8 +113,20 @@ pub enum ProjectorConfig {
     },
 }
 
+impl fmt::Display for ProjectorConfig {
+    /// As `mm_projector_type` of the original writes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Identity => f.write_str("identity"),
+            Self::Mlp { n_linear: 1, .. } => f.write_str("linear"),
+            Self::Mlp { n_linear, activation: Activation::Gelu } => write!(f, "mlp{n_linear}x_gelu"),
+            Self::Mlp { n_linear, activation: Activation::QuickGelu } => write!(f, "mlp{n_linear}x_quick_gelu"),
+        }
+    }
+}
+
 /// Which of CLIP's tokens become image tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum FeatureSelect {
     /// The patches (`patch`, `default`).
     Patch,
@@ -118,7 +135,7 @@ pub enum FeatureSelect {
 }
 
 /// Whose conventions a checkpoint follows where llava-hf and the original LLaVA differ: preprocessing, tokenization, template.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Profile {
     /// llava-hf: shortest edge to the picture size, centre crop; the whole prompt tokenized at once.
     Hf,
@@ -126,32 +143,8 @@ pub enum Profile {
     Original,
 }
 
-/// How a picture of any shape becomes a square one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AspectRatio {
-    /// Shortest edge to the picture size, then centre crop.
-    Crop,
-    /// Padded to a square with the mean colour first.
-    Pad,
-}
-
-/// Pixel preprocessing, as `preprocessor_config.json` gives it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PreprocessConfig {
-    /// Length of the shortest edge after resizing, in pixels.
-    pub shortest_edge: usize,
-    /// Side of the centre crop in pixels: the picture size of the tower.
-    pub crop_size: usize,
-    /// Mean of the channels R, G, B after division by 255.
-    pub mean: [f32; 3],
-    /// Standard deviation of the channels.
-    pub std: [f32; 3],
-    /// Crop or pad.
-    pub aspect_ratio: AspectRatio,
-}
-
 /// A whole LLaVA.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LlavaConfig {
     /// Image encoder.
     pub vision: ClipConfig,
@@ -166,7 +159,7 @@ pub struct LlavaConfig {
     /// Conventions of its layout.
     pub profile: Profile,
     /// Preprocessing of pictures.
-    pub preprocess: PreprocessConfig,
+    pub preprocess: Preprocess,
     /// The id that stands for an image position in this vocabulary; `None` in the original layout, which uses -200 outside it.
     pub image_token_index: Option<u32>,
     /// Ids that end an answer.

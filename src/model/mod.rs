@@ -1,3 +1,21 @@
-//! LLaVA: vision tower, projector, decoder.
+//! LLaVA: vision tower, projector, decoder, and the configuration that gives their shapes.
+//!
+//! Nothing here names a device, a storage format or a page size.
 
+mod acts;
+pub mod checkpoint;
+mod clip;
 pub mod config;
+mod config_json;
+mod keys;
+mod llama;
+mod llava;
+mod load;
+mod preprocess_json;
+mod projector;
+mod stage;
+
+pub use acts::LlamaActs;
+pub use llama::Llama;
+pub use llava::{Llava, Sequence, Slot};
+pub use stage::{Ctx, Observer, Stage};

@@ -1,0 +1,54 @@
+//! `info`: this binary and this machine.
+
+use llava_engine::cpu::{Cpu, Peaks};
+use llava_engine::dtype::DType;
+use llava_engine::error::Result;
+use llava_engine::ops::Ops;
+
+use super::Outcome;
+use super::common;
+
+/// Flags of `info`.
+#[derive(clap::Args)]
+#[command(after_help = "Example:
+  llava-engine info --measure")]
+pub struct Args {
+    /// Measures what this machine's memory and arithmetic can do; takes seconds
+    #[arg(long)]
+    measure: bool,
+    /// CPU threads; 0 for as many as the machine has
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    threads: usize,
+    /// Prints one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+/// Informs.
+pub fn run(args: &Args) -> Result<Outcome> {
+    let cpu = Cpu::new(args.threads, DType::Bf16)?;
+    let peaks = args.measure.then(|| Peaks::measure(args.threads));
+    let hub = cfg!(feature = "hub");
+    if args.json {
+        common::put_json(&serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "cuda": false,
+            "hub": hub,
+            "device": cpu.name(),
+            "threads": cpu.n_threads(),
+            "read_gbps": peaks.map(|p| p.read_gbps),
+            "peaks": peaks.map(|p| serde_json::json!({"f32_gflops": p.gflops, "bf16_gflops": p.bf16_gflops})),
+        }))?;
+        return Ok(Outcome::Done);
+    }
+    let mut out = format!("llava-engine {}\n", env!("CARGO_PKG_VERSION"));
+    out += &format!("SIMD paths  scalar, avx2, avx512, avx512bf16; this machine runs {}\n", cpu.name());
+    out += "CUDA        not in this build\n";
+    out += &format!("hub         {}\n", if hub { "models are downloaded when named by id" } else { "not in this build" });
+    if let Some(peaks) = peaks {
+        out += &format!("memory      {:.1} GB/s read\narithmetic  {:.1} GFLOP/s f32", peaks.read_gbps, peaks.gflops);
+        out += &peaks.bf16_gflops.map_or("\n".to_owned(), |g| format!(", {g:.1} GFLOP/s bf16\n"));
+    }
+    common::put(&out)?;
+    Ok(Outcome::Done)
+}

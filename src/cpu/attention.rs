@@ -1,0 +1,163 @@
+//! Attention: out = softmax(q·Kᵀ/√head_dim)·V for each head, in f32 over a cache in f32, bf16 or f16.
+//!
+//! Spans of more than [`DECODE_ROWS`] rows go in blocks with an online softmax ([`blocks`](super::attention_blocks): Dao et al.,
+//! arXiv 2205.14135), whose products are those of the linear layer; spans of fewer stream K and V once
+//! ([`decode`](super::attention_decode)), in chunks of the context that are merged at the end.
+//!
+//! Numerics: a row's result depends on its sequence and on the kind of its span, not on the batch, the pages or the number of threads.
+
+use half::{bf16, f16};
+
+use super::pool::{Disjoint, Pool};
+use super::simd::{Isa, Stored};
+use super::{attention_blocks, attention_decode};
+use crate::dtype::DType;
+use crate::ops::{Heads, KvSource, Span};
+
+/// The most rows of a span that are bound by reading the cache.
+pub const DECODE_ROWS: usize = 4;
+
+/// One attention op at work.
+pub(super) struct Attention<'a> {
+    /// `[tokens, q_width]`
+    pub out: Disjoint<'a, f32>,
+    /// `[tokens, qkv_width]`
+    pub qkv: &'a [f32],
+    pub heads: Heads,
+    pub causal: bool,
+    /// 1/√head_dim
+    pub scale: f32,
+}
+
+/// Where the keys and values of a token are.
+#[derive(Clone, Copy)]
+pub(super) enum Kv<'a, E> {
+    /// In the rows of `qkv`.
+    Own(&'a [E]),
+    /// In pages `[n_pages, n_kv_heads, page_tokens, head_dim]`.
+    Paged { k: &'a [E], v: &'a [E], page_tokens: usize },
+}
+
+/// The queries that use one key and value head of a span, stacked: query q is that of row `q / group`.
+#[derive(Clone, Copy)]
+pub(super) struct Stack<'a> {
+    pub op: &'a Attention<'a>,
+    pub span: &'a Span<'a>,
+    pub kv_head: usize,
+}
+
+impl Attention<'_> {
+    /// Query heads that share a key and value head.
+    pub fn group(&self) -> usize {
+        self.heads.n_heads / self.heads.n_kv_heads
+    }
+}
+
+impl<'a> Stack<'a> {
+    /// Tokens that query `q` sees, from the start of its sequence.
+    pub fn visible(&self, q: usize) -> usize {
+        self.span.past + if self.op.causal { q / self.op.group() + 1 } else { self.span.n_rows }
+    }
+
+    /// Row and head of query `q`.
+    fn row_head(&self, q: usize) -> (usize, usize) {
+        let group = self.op.group();
+        (self.span.first_row + q / group, self.kv_head * group + q % group)
+    }
+
+    /// Query `q`: `head_dim` numbers.
+    pub fn query(&self, q: usize) -> &'a [f32] {
+        let ((row, head), heads) = (self.row_head(q), self.op.heads);
+        &self.op.qkv[row * heads.qkv_width() + head * heads.head_dim..][..heads.head_dim]
+    }
+
+    /// Where the result of query `q` starts in `out`.
+    pub fn out_index(&self, q: usize) -> usize {
+        let ((row, head), heads) = (self.row_head(q), self.op.heads);
+        row * heads.q_width() + head * heads.head_dim
+    }
+
+    /// The key and the value at position `token` of the sequence: `head_dim` elements each.
+    pub fn key_value<'k, E>(&self, kv: Kv<'k, E>, token: usize) -> (&'k [E], &'k [E]) {
+        let (heads, d) = (self.op.heads, self.op.heads.head_dim);
+        match kv {
+            Kv::Own(qkv) => {
+                let row = &qkv[(self.span.first_row + token) * heads.qkv_width()..][..heads.qkv_width()];
+                let k = heads.q_width() + self.kv_head * d;
+                (&row[k..][..d], &row[k + heads.kv_width()..][..d])
+            }
+            Kv::Paged { k, v, page_tokens } => {
+                let page = self.span.pages[token / page_tokens] as usize;
+                let at = ((page * heads.n_kv_heads + self.kv_head) * page_tokens + token % page_tokens) * d;
+                (&k[at..][..d], &v[at..][..d])
+            }
+        }
+    }
+}
+
+/// out = softmax(q·Kᵀ/√head_dim)·V for each head: q in qkv `[tokens, qkv_width]`, out `[tokens, q_width]`.
+///
+/// Row r of a span sees the first `past + r + 1` tokens of its sequence if `causal`, else all `past + n_rows`. With [`KvSource::Own`] the
+/// keys and values are those of the span's own rows, and `past` is 0.
+///
+/// # Panics
+/// If spans, pages or heads do not fit the buffers.
+#[allow(clippy::too_many_arguments)] // the operands of `Ops::attention`, and where to run
+pub fn attention(
+    isa: Isa,
+    pool: &Pool,
+    out: &mut [f32],
+    qkv: &[f32],
+    kv: KvSource<'_>,
+    spans: &[Span<'_>],
+    heads: Heads,
+    causal: bool,
+) {
+    match kv {
+        KvSource::Own => {
+            assert!(spans.iter().all(|span| span.past == 0), "keys of the past are in no cache");
+            attention_of(isa, pool, out, qkv, Kv::Own(qkv), spans, heads, causal);
+        }
+        KvSource::Paged(layer) => {
+            let page_tokens = layer.page_tokens();
+            macro_rules! of {
+                ($E:ty) => {{
+                    let kv = Kv::Paged { k: layer.k.as_slice::<$E>(), v: layer.v.as_slice::<$E>(), page_tokens };
+                    attention_of(isa, pool, out, qkv, kv, spans, heads, causal)
+                }};
+            }
+            match layer.k.dtype() {
+                DType::F32 => of!(f32),
+                DType::Bf16 => of!(bf16),
+                DType::F16 => of!(f16),
+                DType::I32 => panic!("keys are not integers"),
+            }
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments)] // as `attention`
+fn attention_of<E: Stored>(
+    isa: Isa,
+    pool: &Pool,
+    out: &mut [f32],
+    qkv: &[f32],
+    kv: Kv<'_, E>,
+    spans: &[Span<'_>],
+    heads: Heads,
+    causal: bool,
+) {
+    // Kernels rely on these; pages are checked where they are read.
+    let Heads { n_heads, n_kv_heads, head_dim } = heads;
+    assert!(n_kv_heads > 0 && n_heads % n_kv_heads == 0 && head_dim > 0 && head_dim % 8 == 0, "{heads:?}");
+    let rows = spans.iter().map(|span| span.first_row + span.n_rows).max().unwrap_or(0);
+    assert!(out.len() >= rows * heads.q_width() && qkv.len() >= rows * heads.qkv_width(), "spans of {rows} rows");
+    let op = Attention { out: Disjoint::new(out), qkv, heads, causal, scale: 1.0 / (head_dim as f32).sqrt() };
+    let (few, many): (Vec<_>, Vec<_>) = spans.iter().filter(|span| span.n_rows > 0).partition(|span| span.n_rows <= DECODE_ROWS);
+    if !many.is_empty() {
+        attention_blocks::attend(isa, pool, &op, kv, &many);
+    }
+    if !few.is_empty() {
+        attention_decode::attend(isa, pool, &op, kv, &few);
+    }
+}

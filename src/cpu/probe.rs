@@ -1,0 +1,119 @@
+//! What this machine can do: the peaks that benchmarks are measured against.
+//!
+//! Each is the best of several short runs with all threads of the pool, since other programs only ever make it slower.
+
+use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use super::pool::Pool;
+use super::simd::{Isa, Kernel, Simd};
+
+/// Runs of which the best counts.
+const RUNS: usize = 5;
+/// Accumulators of the arithmetic probes: more than latency times throughput (4·2), fewer than registers (16).
+const CHAINS: usize = 12;
+/// Elements of a reading task.
+const READ_TASK: usize = 1 << 18;
+/// Steps of an arithmetic task; a few milliseconds.
+const STEPS: usize = 1 << 20;
+
+/// GB/s of reading, by all threads, of a buffer of `bytes`, which should be far larger than the last cache.
+pub fn read_gbps(pool: &Pool, bytes: usize) -> f64 {
+    let buffer = vec![1.0; bytes / 4];
+    best(|| read_once(pool, &buffer))
+}
+
+/// f32 GFLOP/s of fused multiply-adds in registers, by all threads.
+pub fn fma_gflops(isa: Isa, pool: &Pool) -> f64 {
+    best(|| fma_once(isa, pool))
+}
+
+/// GFLOP/s of bf16 dot products in registers, by all threads; none if the instruction set has none.
+pub fn dpbf16_gflops(isa: Isa, pool: &Pool) -> Option<f64> {
+    (isa == Isa::Avx512Bf16).then(|| best(|| arithmetic::<true>(isa, pool) * 4.0))
+}
+
+/// Reads a buffer once, with all threads. Returns the bytes.
+pub fn read_once(pool: &Pool, buffer: &[f32]) -> f64 {
+    let isa = Isa::detect();
+    pool.run(buffer.len() / READ_TASK, &|i| {
+        black_box(isa.run(Sum(&buffer[i * READ_TASK..][..READ_TASK])));
+    });
+    (buffer.len() / READ_TASK * READ_TASK * 4) as f64
+}
+
+/// Keeps all threads busy with fused multiply-adds for some milliseconds. Returns the operations, two for each.
+pub fn fma_once(isa: Isa, pool: &Pool) -> f64 {
+    arithmetic::<false>(isa, pool) * 2.0
+}
+
+/// Runs one instruction on all threads, and returns how many lanes went through it.
+fn arithmetic<const DOT: bool>(isa: Isa, pool: &Pool) -> f64 {
+    let lanes = AtomicUsize::new(0);
+    let n_tasks = pool.n_threads() * 4;
+    pool.run(n_tasks, &|_| lanes.store(isa.run(Multiply::<DOT>), Ordering::Relaxed));
+    (n_tasks * STEPS * CHAINS * lanes.into_inner()) as f64
+}
+
+/// The highest rate, in billions a second, of some runs after one to warm up.
+fn best(run: impl Fn() -> f64) -> f64 {
+    run();
+    let rate = || {
+        let start = Instant::now();
+        run() / start.elapsed().as_secs_f64() / 1e9
+    };
+    (0..RUNS).map(|_| rate()).fold(0.0, f64::max)
+}
+
+/// Reads a slice.
+struct Sum<'a>(&'a [f32]);
+
+impl Kernel for Sum<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> f32 {
+        const UNROLL: usize = 8;
+        let p = self.0.as_ptr();
+        // SAFETY: vectors end within the slice, whose length is a multiple of UNROLL·LANES.
+        unsafe {
+            let mut acc = [S::splat(0.0); UNROLL];
+            for i in (0..self.0.len()).step_by(UNROLL * S::LANES) {
+                for (j, acc) in acc.iter_mut().enumerate() {
+                    *acc = S::add(*acc, S::load(p.add(i + j * S::LANES)));
+                }
+            }
+            for i in 1..UNROLL {
+                acc[0] = S::add(acc[0], acc[i]);
+            }
+            S::reduce_add(acc[0])
+        }
+    }
+}
+
+/// Runs one instruction in [`CHAINS`] independent chains and returns its lanes.
+struct Multiply<const DOT: bool>;
+
+impl<const DOT: bool> Kernel for Multiply<DOT> {
+    type Output = usize;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> usize {
+        // SAFETY: the caller's.
+        unsafe {
+            // Values that stay where they are (x·1 + 0), so that no run meets subnormal numbers.
+            let (one, zero) = (S::splat(black_box(1.0)), S::splat(black_box(0.0)));
+            let mut acc = [one; CHAINS];
+            for _ in 0..STEPS {
+                for acc in &mut acc {
+                    *acc = if DOT { S::dot_bf16(one, zero, *acc) } else { S::fma(*acc, one, zero) };
+                }
+            }
+            for acc in acc {
+                black_box(S::reduce_add(acc));
+            }
+        }
+        S::LANES
+    }
+}

@@ -1,0 +1,57 @@
+//! Rotary embedding of queries and keys, fused with the append of keys and values to the paged cache.
+
+use half::slice::HalfFloatSliceExt;
+
+use super::pool::Pool;
+use crate::dtype::DType;
+use crate::ops::{Heads, KvLayer, RopeTable, Span};
+use crate::tensor::Tensor;
+
+/// (a, b) ← (a·cos − b·sin, b·cos + a·sin) for the pairs (x_i, x_{i + d/2}) of one head.
+fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (first, second) = head.split_at_mut(cos.len());
+    for (((a, b), &c), &s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+    }
+}
+
+/// Rounds `values` into the elements of `cache` that start at `offset`.
+fn store(cache: &mut Tensor, offset: usize, values: &[f32]) {
+    let range = offset..offset + values.len();
+    match cache.dtype() {
+        DType::F32 => cache.as_mut_slice::<f32>()[range].copy_from_slice(values),
+        DType::F16 => cache.as_mut_slice::<half::f16>()[range].convert_from_f32_slice(values),
+        DType::Bf16 => cache.as_mut_slice::<half::bf16>()[range].convert_from_f32_slice(values),
+        DType::I32 => unreachable!("the cache is floating-point"),
+    }
+}
+
+/// Rotates queries and keys in place by the position of their row, then writes keys and values to their pages.
+pub fn rope_append(pool: &Pool, qkv: &mut [f32], kv: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) {
+    let (width, dim, half) = (heads.qkv_width(), heads.head_dim, heads.head_dim / 2);
+    let rotated = heads.q_width() + heads.kv_width();
+    let (cos, sin) = (rope.cos.as_slice::<f32>(), rope.sin.as_slice::<f32>());
+    for span in spans {
+        let rows = &mut qkv[span.first_row * width..(span.first_row + span.n_rows) * width];
+        pool.for_rows(rows, width, 8, |first, rows| {
+            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                let angle = (span.past + first + i) * half..(span.past + first + i + 1) * half;
+                for head in row[..rotated].chunks_exact_mut(dim) {
+                    rotate(head, &cos[angle.clone()], &sin[angle.clone()]);
+                }
+            }
+        });
+        let page_tokens = kv.page_tokens();
+        for (i, row) in rows.chunks_exact(width).enumerate() {
+            let position = span.past + i;
+            let page = span.pages[position / page_tokens] as usize;
+            for head in 0..heads.n_kv_heads {
+                let slot = ((page * heads.n_kv_heads + head) * page_tokens + position % page_tokens) * dim;
+                let key = heads.q_width() + head * dim;
+                store(&mut kv.k, slot, &row[key..key + dim]);
+                let value = key + heads.kv_width();
+                store(&mut kv.v, slot, &row[value..value + dim]);
+            }
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! AVX-512 F, BW, VL and DQ: 16 lanes, 32 registers; and the same with the bf16 dot product.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::avx2::{Avx2, transpose8};
+use super::{Kernel, Simd};
+
+/// Compiles `kernel` with these instructions.
+///
+/// # Safety
+/// The machine has AVX2, FMA, F16C and AVX-512 F, BW, VL and DQ.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's.
+    unsafe { kernel.run::<Avx512<false>>() }
+}
+
+/// Compiles `kernel` with these instructions and AVX512-BF16.
+///
+/// # Safety
+/// As [`run`], and the machine has AVX512-BF16.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's.
+    unsafe { kernel.run::<Avx512<true>>() }
+}
+
+/// The instruction set, as a type; `DOT` says that there is AVX512-BF16.
+#[derive(Clone, Copy)]
+pub struct Avx512<const DOT: bool>;
+
+/// The first `n` of 16 lanes.
+#[inline(always)]
+fn mask(n: usize) -> __mmask16 {
+    ((1_u32 << n) - 1) as __mmask16
+}
+
+// SAFETY of every block below: the instructions are there and the pointers valid, which callers of `Simd` vouch for.
+impl<const DOT: bool> Simd for Avx512<DOT> {
+    type V = __m512;
+    type Square = [__m512; 16];
+    const LANES: usize = 16;
+    const MR: usize = 14; // 14·2 accumulators + 2 columns + 1 broadcast = 31 of 32 registers
+    const BF16_DOT: bool = DOT;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_part(p: *const f32, n: usize) -> __m512 {
+        // SAFETY: see above; lanes that are masked out are not read.
+        unsafe { _mm512_maskz_loadu_ps(mask(n), p) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m512) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_part(p: *mut f32, v: __m512, n: usize) {
+        // SAFETY: see above; lanes that are masked out are not written.
+        unsafe { _mm512_mask_storeu_ps(p, mask(n), v) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn min(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn select_lt(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn round(a: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+
+    #[inline(always)]
+    unsafe fn scale2(a: __m512, n: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_scalef_ps(a, n) }
+    }
+
+    #[inline(always)]
+    unsafe fn reduce_add(a: __m512) -> f32 {
+        // SAFETY: see above.
+        unsafe { Avx2::reduce_add(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))) }
+    }
+
+    #[inline(always)]
+    unsafe fn reduce_max(a: __m512) -> f32 {
+        // SAFETY: see above.
+        unsafe { Avx2::reduce_max(_mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))) }
+    }
+
+    /// As four squares of 8: the off-diagonal ones change places.
+    #[inline(always)]
+    unsafe fn transpose(square: &mut [__m512; 16]) {
+        // SAFETY: see above.
+        unsafe {
+            let mut quarters = [[_mm256_setzero_ps(); 8]; 4]; // top left, top right, bottom left, bottom right
+            for i in 0..8 {
+                quarters[0][i] = _mm512_castps512_ps256(square[i]);
+                quarters[1][i] = _mm512_extractf32x8_ps::<1>(square[i]);
+                quarters[2][i] = _mm512_castps512_ps256(square[i + 8]);
+                quarters[3][i] = _mm512_extractf32x8_ps::<1>(square[i + 8]);
+            }
+            let [a, b, c, d] = &mut quarters;
+            transpose8(a);
+            transpose8(b);
+            transpose8(c);
+            transpose8(d);
+            for i in 0..8 {
+                square[i] = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(a[i]), c[i]);
+                square[i + 8] = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(b[i]), d[i]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn square() -> [__m512; 16] {
+        // SAFETY: see above.
+        [unsafe { _mm512_setzero_ps() }; 16]
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+
+    /// One instruction with AVX512-BF16; callers ask [`Simd::BF16_DOT`] first.
+    #[inline(always)]
+    unsafe fn dot_bf16(a: __m512, b: __m512, c: __m512) -> __m512 {
+        assert!(DOT, "this instruction set has no bf16 dot product");
+        // SAFETY: see above; a vector of 16 pairs of bf16 has the size of one of 16 f32.
+        unsafe { _mm512_dpbf16_ps(c, std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b)) }
+    }
+}

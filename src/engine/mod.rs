@@ -1,0 +1,230 @@
+//! [`Engine`]: a LLaVA that is open and ready: what the command line, the C ABI and a program of yours use.
+
+mod generate;
+mod score;
+mod session;
+mod template;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+pub use generate::{Answer, FinishReason, GenerateOptions, Timings, Usage};
+pub use score::Score;
+pub use session::Session;
+use template::Template;
+pub use template::Turn;
+
+use crate::cpu::Cpu;
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::image::{Fit, Preprocess, RgbImage, preprocess};
+use crate::infer::kv::KvCache;
+use crate::infer::runner::{Runner, StageObserver};
+use crate::model::checkpoint::Checkpoint;
+use crate::model::config::{LlavaConfig, Profile};
+use crate::model::{Llava, Slot};
+use crate::ops::Ops;
+use crate::profile::{OpRecord, Profiled, Records};
+use crate::tensor::Tensor;
+use crate::text::{Piece, Prompt, Style, Tokenizer};
+
+/// How a model is opened.
+#[derive(Clone, Debug, Default)]
+pub struct EngineOptions {
+    /// Where it runs.
+    pub device: Device,
+    /// What it computes in; `None` takes what the checkpoint stores.
+    pub dtype: Option<DType>,
+    /// CPU threads; 0 for as many as the machine has.
+    pub threads: usize,
+    /// The language model that an `mm_projector.bin` was trained for.
+    pub model_base: Option<std::path::PathBuf>,
+    /// Whose preprocessing and tokenization is followed; `None` takes what the checkpoint's layout says.
+    pub profile: Option<Profile>,
+    /// Conversation template by name; `None` takes the checkpoint's own.
+    pub template: Option<String>,
+    /// Longest prompt and answer together, in tokens; `None` takes the model's own.
+    pub context_tokens: Option<usize>,
+    /// Whether every op is timed, for [`Engine::op_records`].
+    pub profile_ops: bool,
+}
+
+/// A model on a device, with its tokenizer and templates.
+pub struct Engine {
+    runner: Runner,
+    tokenizer: Tokenizer,
+    style: Style,
+    preprocess: Preprocess,
+    template: Template,
+    eos_token_ids: Vec<u32>,
+    records: Option<Arc<Records>>,
+    load_ms: f64,
+    layout: String,
+}
+
+/// A prompt in the model's positions.
+#[derive(Clone, Debug)]
+pub struct TokenizedPrompt {
+    /// What stands at each position; image features are numbered through in the order of the images.
+    pub slots: Vec<Slot>,
+    /// How many of the positions come from images.
+    pub image_tokens: usize,
+}
+
+impl Engine {
+    /// Opens a checkpoint: a folder, or the name of a model on the Hugging Face hub.
+    ///
+    /// # Errors
+    /// If the folder is not a LLaVA (the message says what it is), if a tensor is missing or ill-shaped, or if an option names
+    /// something that this machine does not have.
+    pub fn open(model: impl AsRef<Path>, options: &EngineOptions) -> Result<Self> {
+        let start = Instant::now();
+        let folder = crate::weights::hub::resolve(&model.as_ref().to_string_lossy())?;
+        let mut checkpoint = Checkpoint::open(&folder, options.model_base.as_deref())?;
+        let config = &mut checkpoint.config;
+        if let Some(tokens) = options.context_tokens {
+            if tokens == 0 || tokens > config.context_tokens {
+                return Err(Error::usage(format!("a context of {tokens} tokens: this model's is 1 to {}", config.context_tokens)));
+            }
+            config.context_tokens = tokens;
+        }
+        let profile = options.profile.unwrap_or(config.profile);
+        if options.profile.is_some() {
+            config.preprocess.fit = if profile == Profile::Original { Fit::Pad } else { Fit::Crop };
+        }
+        let tokenizer = Tokenizer::open(&checkpoint.tokenizer_dir)?;
+        let template = Template::choose(options.template.as_deref(), &folder, &checkpoint, profile)?;
+        let compute = options.dtype.unwrap_or(checkpoint.dtype);
+        let (ops, records) = open_device(options, compute)?;
+        // A checkpoint of another dtype than asked for is converted, except to f32: widening while computing is exact and free.
+        let convert = options.dtype.filter(|&dtype| dtype != DType::F32);
+        let model = Llava::load(&*ops, &checkpoint.config, &checkpoint.weights, convert)?;
+        let mut eos_token_ids = checkpoint.config.eos_token_ids.clone();
+        eos_token_ids.extend(tokenizer.eos().filter(|id| !checkpoint.config.eos_token_ids.contains(id)));
+        Ok(Self {
+            runner: Runner::new(ops, model, compute)?,
+            tokenizer,
+            style: match profile {
+                Profile::Hf => Style::Hf,
+                Profile::Original => Style::Original,
+            },
+            preprocess: checkpoint.config.preprocess.clone(),
+            template,
+            eos_token_ids,
+            records,
+            load_ms: start.elapsed().as_secs_f64() * 1e3,
+            layout: checkpoint.layout.to_string(),
+        })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &LlavaConfig {
+        self.runner.model().config()
+    }
+
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// One line on the layout that was found.
+    pub fn layout(&self) -> &str {
+        &self.layout
+    }
+
+    /// What it runs on.
+    pub fn device_name(&self) -> String {
+        self.runner.ops().name()
+    }
+
+    /// Time that opening took, in ms.
+    pub fn load_ms(&self) -> f64 {
+        self.load_ms
+    }
+
+    /// Ends whatever runs when set, from any thread; what was said so far is returned. Cleared when the next run begins.
+    pub fn cancel_flag(&self) -> Arc<AtomicBool> {
+        self.runner.cancel_flag()
+    }
+
+    /// What each op has cost so far, if the engine was opened to time them.
+    pub fn op_records(&self) -> Option<Vec<(&'static str, OpRecord)>> {
+        self.records.as_ref().map(|r| r.snapshot())
+    }
+
+    /// Shows every stage of the forward passes that follow to `observer`.
+    pub fn observe(&mut self, observer: Option<StageObserver>) {
+        self.runner.observe(observer);
+    }
+
+    /// Pixels of `images` as the tower takes them: f32 `[images, 3, image_size, image_size]`.
+    pub fn preprocess(&self, images: &[RgbImage]) -> Result<Tensor> {
+        preprocess(images, &self.preprocess)
+    }
+
+    /// Features of `pixels` f32 `[images, 3, h, w]`: `[images · tokens per image, hidden]`.
+    pub fn encode_image(&mut self, pixels: &Tensor) -> Result<Tensor> {
+        self.runner.encode(pixels)
+    }
+
+    /// Lays a prompt out in the model's positions, for `n_images` pictures.
+    ///
+    /// # Errors
+    /// If the prompt has another number of places for images, or is longer than the context.
+    pub fn tokenize(&self, prompt: &Prompt, n_images: usize) -> Result<TokenizedPrompt> {
+        let pieces = self.tokenizer.tokenize_prompt(prompt, self.style)?;
+        let marks = pieces.iter().filter(|p| matches!(p, Piece::Image)).count();
+        if marks != n_images {
+            return Err(Error::usage(format!("the prompt has {marks} <image> marks but {n_images} images were given")));
+        }
+        let tokens_per_image = self.config().tokens_per_image();
+        let mut slots = Vec::new();
+        let mut image_tokens = 0;
+        for piece in pieces {
+            match piece {
+                Piece::Tokens(ids) => slots.extend(ids.into_iter().map(Slot::Token)),
+                Piece::Image => {
+                    slots.extend((image_tokens..image_tokens + tokens_per_image).map(|feature_row| Slot::Image { feature_row }));
+                    image_tokens += tokens_per_image;
+                }
+            }
+        }
+        let vocab_size = self.config().text.vocab_size;
+        if let Some(Slot::Token(id)) = slots.iter().find(|s| matches!(s, Slot::Token(id) if *id as usize >= vocab_size)) {
+            let problem =
+                format!("its token {id} is outside the model's vocabulary of {vocab_size}: the tokenizer is another model's");
+            return Err(Error::file("tokenizer", problem));
+        }
+        let (prompt_tokens, context_tokens) = (slots.len(), self.config().context_tokens);
+        if prompt_tokens == 0 {
+            return Err(Error::usage("the prompt is empty"));
+        }
+        if prompt_tokens >= context_tokens {
+            return Err(Error::Context { prompt_tokens, image_tokens, context_tokens });
+        }
+        Ok(TokenizedPrompt { slots, image_tokens })
+    }
+}
+
+/// A device, and the records of its ops if they are to be timed.
+type OpenDevice = (Box<dyn Ops>, Option<Arc<Records>>);
+
+fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice> {
+    let ops: Box<dyn Ops> = match options.device {
+        Device::Auto | Device::Cpu => Box::new(Cpu::new(options.threads, compute)?),
+    };
+    if !options.profile_ops {
+        return Ok((ops, None));
+    }
+    let profiled = Profiled::new(ops);
+    let records = profiled.records();
+    Ok((Box::new(profiled), Some(records)))
+}
+
+/// Bytes that a KV cache of `tokens` tokens takes when kept in `dtype`.
+pub fn kv_bytes(config: &LlavaConfig, dtype: DType, tokens: usize) -> usize {
+    KvCache::bytes_per_token(config.text.n_layers, config.text.heads(), dtype) * tokens
+}

@@ -1,0 +1,79 @@
+//! How probable a prompt is to the model, token by token.
+
+use crate::error::Result;
+use crate::image::RgbImage;
+use crate::model::Slot;
+use crate::tensor::Tensor;
+use crate::text::Prompt;
+
+use super::Engine;
+
+/// Id that stands for an image position in models whose vocabulary has none (`IMAGE_TOKEN_INDEX` of the original LLaVA).
+pub const IMAGE_TOKEN_INDEX: i64 = -200;
+
+/// What a model makes of a prompt.
+#[derive(Debug)]
+pub struct Score {
+    /// Ids `[tokens]`; image positions have the checkpoint's image token id, or -200 where it has none.
+    pub input_ids: Vec<i64>,
+    /// f32 `[images, 3, h, w]`, if there are images.
+    pub pixel_values: Option<Tensor>,
+    /// f32 `[image tokens, hidden]`, if there are images.
+    pub image_features: Option<Tensor>,
+    /// log p of each token given those before it, `[tokens − 1]`; 0 where an image position has no id in the vocabulary.
+    pub logprobs: Vec<f32>,
+    /// Logits after the last token, `[vocab]`.
+    pub last_logits: Vec<f32>,
+}
+
+/// l_t − log Σ exp(l_i), in f64: differences of large logits keep their digits.
+fn log_softmax_at(logits: &[f32], token: usize) -> f32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+    (f64::from(logits[token] - max) - sum.ln()) as f32
+}
+
+impl Engine {
+    /// Scores `prompt` with `images`.
+    ///
+    /// # Errors
+    /// If the prompt does not fit the images or the context.
+    pub fn score(&mut self, prompt: &Prompt, images: &[RgbImage]) -> Result<Score> {
+        let prompt = self.tokenize(prompt, images.len())?;
+        let image_token = self.config().image_token_index.map_or(IMAGE_TOKEN_INDEX, i64::from);
+        let id = |slot: &Slot| match slot {
+            Slot::Token(id) => i64::from(*id),
+            Slot::Image { .. } => image_token,
+        };
+        let input_ids: Vec<i64> = prompt.slots.iter().map(id).collect();
+        let (pixel_values, image_features) = if images.is_empty() {
+            (None, None)
+        } else {
+            let pixels = self.preprocess(images)?;
+            let features = self.encode_image(&pixels)?;
+            (Some(pixels), Some(features))
+        };
+        let mut table = self.runner.kv().sequence();
+        let mut logprobs = Vec::with_capacity(input_ids.len());
+        let mut last_logits = Vec::new();
+        let mut targets = input_ids[1..].iter();
+        self.runner.extend(&mut table, 0, &prompt.slots, image_features.as_ref(), 0, |logits| match targets.next() {
+            Some(&target) => {
+                logprobs.push(usize::try_from(target).ok().filter(|&t| t < logits.len()).map_or(0.0, |t| log_softmax_at(logits, t)))
+            }
+            None => last_logits = logits.to_vec(),
+        })?;
+        Ok(Score { input_ids, pixel_values, image_features, logprobs, last_logits })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_softmax_of_large_logits_is_finite() {
+        assert!((log_softmax_at(&[1000.0, 1000.0], 0) + 2f32.ln()).abs() < 1e-6);
+        assert!((log_softmax_at(&[0.0, 1.0, 2.0], 2) + 0.407_606).abs() < 1e-6);
+    }
+}

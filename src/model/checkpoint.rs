@@ -1,0 +1,402 @@
+//! Opens a checkpoint in whichever layout it was written: its configuration, its tensors, and where its tokenizer is.
+//!
+//! The layout is decided by what the files say, never by what a folder is called. Three are known:
+//! - **llava-hf**: `text_config` and `vision_config` in `config.json`, everything in one set of safetensors files;
+//! - **original** (haotian-liu/LLaVA): `mm_*` keys in `config.json`, decoder and projector in one set of files, and the vision tower
+//!   in a CLIP folder of its own or among them;
+//! - **projector over a base**: the `mm_projector.bin` of pretraining, whose decoder is a LLaMA elsewhere.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::weights::names::Part;
+use crate::weights::{Store, StoredDType, files, hub};
+
+use super::config::{ClipConfig, Fit, LlavaConfig, Preprocess, ProjectorConfig};
+use super::keys::Keys;
+use super::{config_json, preprocess_json};
+
+/// An opened checkpoint. Its weights are mapped, not read.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// Shapes and constants.
+    pub config: LlavaConfig,
+    /// Tensors by canonical name.
+    pub weights: Store,
+    /// Folder that holds `tokenizer.json` or `tokenizer.model`.
+    pub tokenizer_dir: PathBuf,
+    /// The chat template that comes with the checkpoint, a Jinja source.
+    pub chat_template: Option<String>,
+    /// What was found.
+    pub layout: Layout,
+    /// Number format of the decoder's matrices.
+    pub dtype: DType,
+}
+
+/// The layout of a checkpoint and where its parts lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// llava-hf.
+    Hf {
+        /// Weight files.
+        n_files: usize,
+        /// What they are.
+        format: files::Format,
+    },
+    /// haotian-liu/LLaVA.
+    Original {
+        /// Weight files, without those of the tower.
+        n_files: usize,
+        /// What they are.
+        format: files::Format,
+        /// Folder of the vision tower; `None` if it is among the weights.
+        tower: Option<PathBuf>,
+    },
+    /// A projector of haotian-liu/LLaVA over a LLaMA that lies elsewhere.
+    ProjectorOverBase {
+        /// Folder of the LLaMA.
+        base: PathBuf,
+        /// Folder of the vision tower.
+        tower: PathBuf,
+    },
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let files = |f: &mut fmt::Formatter<'_>, n: &usize, format: &files::Format| {
+            let kind = match format {
+                files::Format::Safetensors => "safetensors",
+                files::Format::Pickle => "pickle",
+            };
+            write!(f, "{n} {kind} {}", if *n == 1 { "file" } else { "files" })
+        };
+        match self {
+            Self::Hf { n_files, format } => {
+                f.write_str("llava-hf, ")?;
+                files(f, n_files, format)
+            }
+            Self::Original { n_files, format, tower } => {
+                f.write_str("original LLaVA, ")?;
+                files(f, n_files, format)?;
+                match tower {
+                    Some(tower) => write!(f, ", vision tower in {}", tower.display()),
+                    None => f.write_str(", vision tower inside"),
+                }
+            }
+            Self::ProjectorOverBase { base, tower } => {
+                write!(f, "projector of the original LLaVA over {}, vision tower in {}", base.display(), tower.display())
+            }
+        }
+    }
+}
+
+/// The files beside the weights that are read more than once.
+struct Folder<'a> {
+    path: &'a Path,
+    names: Vec<String>,
+    config_path: PathBuf,
+    config: Map<String, Value>,
+    generation_path: PathBuf,
+    generation: Option<Map<String, Value>>,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in the folder `path`. `base` is the LLaMA under an `mm_projector.bin`; without it, the configuration's
+    /// `_name_or_path` is taken if that is a folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if a file cannot be read; [`Error::File`] if one is malformed or if the folder holds something else than a LLaVA,
+    /// which the error names; [`Error::Unsupported`] for a LLaVA that is not implemented; [`Error::Tensor`] if two tensors claim the
+    /// same place or the decoder has none.
+    pub fn open(path: &Path, base: Option<&Path>) -> Result<Self> {
+        let folder = Folder::open(path)?;
+        let keys = Keys::new(&folder.config_path, &folder.config);
+        if ["mm_vision_tower", "mm_projector_type", "mm_hidden_size"].iter().any(|key| keys.has(key)) {
+            Self::original(&folder, &keys, base)
+        } else if is_hf(&keys)? {
+            Self::hf(&folder, &keys)
+        } else {
+            Err(folder.another(&keys))
+        }
+    }
+
+    fn hf(folder: &Folder, keys: &Keys) -> Result<Self> {
+        let found = files::weight_files(folder.path)?.ok_or_else(|| folder.no_weights())?;
+        let image_size = match keys.has("vision_config") {
+            true => config_json::clip(&keys.object("vision_config")?)?.image_size,
+            false => ClipConfig::vit_l_14(336).image_size,
+        };
+        let preprocess = preprocess(folder.path, image_size)?.ok_or_else(|| {
+            Error::file(folder.path, "neither preprocessor_config.json nor an `image_processor` in processor_config.json")
+        })?;
+        let config = config_json::hf(keys, folder.generation().as_ref(), preprocess)?;
+        let mut weights = Store::new(folder.path);
+        for file in &found.paths {
+            weights.add(file, &[Part::Clip, Part::Projector, Part::Llama])?;
+        }
+        let layout = Layout::Hf { n_files: found.paths.len(), format: found.format };
+        Self::assemble(folder, folder.path, config, weights, layout)
+    }
+
+    fn original(folder: &Folder, keys: &Keys, base: Option<&Path>) -> Result<Self> {
+        let mut weights = Store::new(folder.path);
+        let found = files::weight_files(folder.path)?;
+        for file in found.iter().flat_map(|found| &found.paths) {
+            weights.add(file, &[Part::Clip, Part::Projector, Part::Llama])?;
+        }
+        // Training leaves `mm_projector.bin` beside whole checkpoints too; then it is a copy of what they hold.
+        let projector = folder.path.join("mm_projector.bin");
+        if !weights.has_part(Part::Projector) && projector.is_file() {
+            weights.add(&projector, &[Part::Projector])?;
+        }
+        let base = if weights.has_part(Part::Llama) {
+            None
+        } else {
+            let base = find_base(folder, keys, base)?;
+            let files = files::weight_files(&base)?.ok_or_else(|| Error::file(&base, "the base model has no weight files"))?;
+            for file in &files.paths {
+                weights.add(file, &[Part::Llama])?;
+            }
+            Some(base)
+        };
+        let (vision, mut preprocess, tower) = open_tower(folder, keys, &mut weights)?;
+        preprocess.fit = aspect_ratio(keys)?;
+        let config = config_json::original(keys, folder.generation().as_ref(), vision, preprocess)?;
+        if config.projector != ProjectorConfig::Identity && !weights.has_part(Part::Projector) {
+            return Err(Error::file(
+                folder.path,
+                "a LLaMA with the configuration of a LLaVA, but without a projector (mm_projector)",
+            ));
+        }
+        let has_tokenizer = |dir: &Path| ["tokenizer.json", "tokenizer.model"].iter().any(|name| dir.join(name).is_file());
+        let tokenizer_dir = base.as_deref().filter(|_| !has_tokenizer(folder.path)).unwrap_or(folder.path).to_owned();
+        let layout = match (base, tower, found) {
+            (Some(base), Some(tower), _) => Layout::ProjectorOverBase { base, tower },
+            (_, tower, Some(found)) => Layout::Original { n_files: found.paths.len(), format: found.format, tower },
+            (_, _, None) => return Err(folder.no_weights()),
+        };
+        Self::assemble(folder, &tokenizer_dir, config, weights, layout)
+    }
+
+    fn assemble(folder: &Folder, tokenizer_dir: &Path, config: LlavaConfig, weights: Store, layout: Layout) -> Result<Self> {
+        let dtype = check_decoder(folder, &weights)?;
+        let tokenizer_dir = tokenizer_dir.to_owned();
+        let chat_template = chat_template(&tokenizer_dir)?;
+        Ok(Self { config, weights, tokenizer_dir, chat_template, layout, dtype })
+    }
+}
+
+/// Number format of the decoder's matrices, told by the first of them, once nothing is found that would be dropped silently.
+fn check_decoder(folder: &Folder, weights: &Store) -> Result<DType> {
+    for entry in weights.entries() {
+        if entry.source.contains("lora_") {
+            return Err(Error::Unsupported(format!(
+                "{}: `{}` is a LoRA adapter: merge it first",
+                entry.file.display(),
+                entry.source
+            )));
+        }
+        if entry.canonical.is_some_and(|c| c.starts_with("llama.") && c.ends_with(".bias")) {
+            let problem = "is a bias: decoders with biases are not supported";
+            return Err(Error::tensor(entry.source, entry.file, problem));
+        }
+    }
+    let name = "llama.layers.0.self_attn.q_proj.weight";
+    match weights.dtype(name) {
+        Some(StoredDType::Known(dtype @ (DType::F32 | DType::F16 | DType::Bf16))) => Ok(*dtype),
+        Some(other) => Err(Error::tensor(name, folder.path, format!("is stored as {other}: weights are f32, f16 or bf16"))),
+        None if weights.has_part(Part::Clip) => {
+            Err(Error::file(folder.path, "a vision tower without a decoder: not a whole LLaVA"))
+        }
+        None => Err(Error::file(folder.path, "its weight files hold no decoder under any known name")),
+    }
+}
+
+/// Whether the configuration is a llava-hf one. `model_type` alone does not tell: the original LLaVA says `llava` too.
+fn is_hf(keys: &Keys) -> Result<bool> {
+    let parts = keys.has("text_config") || keys.has("vision_config");
+    Ok(match keys.str("model_type")? {
+        Some("llava") => true,
+        None => parts && (keys.has("projector_hidden_act") || keys.has("vision_feature_layer")),
+        Some(_) => false,
+    })
+}
+
+/// `image_aspect_ratio` of the original: `pad`, or `square` (which is the default) for the tower's own preprocessing.
+fn aspect_ratio(keys: &Keys) -> Result<Fit> {
+    let key = "image_aspect_ratio";
+    match keys.str(key)? {
+        Some("pad") => Ok(Fit::Pad),
+        None | Some("square") => Ok(Fit::Crop),
+        Some("anyres" | "anyres_max_9") => Err(keys.unsupported(key, "LLaVA-1.6's tiles are not supported yet: use a LLaVA-1.5")),
+        Some(_) => Err(keys.unsupported(key, "pictures are either padded (pad) or cropped (square)")),
+    }
+}
+
+/// The folder of the LLaMA under a projector.
+fn find_base(folder: &Folder, keys: &Keys, base: Option<&Path>) -> Result<PathBuf> {
+    if let Some(base) = base {
+        return match base.is_dir() {
+            true => Ok(base.to_owned()),
+            false => Err(Error::file(base, "the base model is not a folder")),
+        };
+    }
+    let named = keys.str("_name_or_path")?.filter(|name| !name.is_empty());
+    let beside = named.map(|name| folder.path.join(name)).filter(|path| path.join("config.json").is_file());
+    beside.filter(|path| !same(path, folder.path)).ok_or_else(|| {
+        let what = match folder.names.iter().any(|name| name == "mm_projector.bin") {
+            true => "a projector without its decoder",
+            false => "the configuration of a LLaVA without its weights",
+        };
+        let named = named.map_or_else(String::new, |name| format!(" (its configuration says {})", name.escape_debug()));
+        Error::file(folder.path, format!("{what}: name the folder of the base LLaMA{named} with --model-base"))
+    })
+}
+
+fn same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+/// Configuration of the vision tower, and its folder if its weights had to be added from there.
+fn open_tower(folder: &Folder, keys: &Keys, weights: &mut Store) -> Result<(ClipConfig, Preprocess, Option<PathBuf>)> {
+    for key in ["s2", "mm_resampler_type"] {
+        if keys.value(key).is_some_and(|value| *value != Value::Bool(false)) {
+            return Err(keys.unsupported(key, "only the plain CLIP tower is supported"));
+        }
+    }
+    let key = "mm_vision_tower";
+    let tower = keys.str(key)?.ok_or_else(|| keys.error(key, "the folder or the hub id of the vision tower"))?;
+    let inside = weights.has_part(Part::Clip);
+    let near = [folder.path.join(tower), folder.path.join("..").join(tower), PathBuf::from(tower)];
+    let dir = match near.iter().find(|dir| dir.join("config.json").is_file()) {
+        Some(dir) => dir.clone(),
+        None => match (hub::cached(tower)?, tower.rsplit('/').next()) {
+            (Some(dir), _) => dir,
+            // What these two are is known, and their weights are here: nothing is left to look up.
+            (None, Some("clip-vit-large-patch14-336")) if inside => return Ok(known_tower(336)),
+            (None, Some("clip-vit-large-patch14")) if inside => return Ok(known_tower(224)),
+            (None, _) => hub::resolve(tower).map_err(|e| {
+                let looked = "is no folder beside the checkpoint or in the working directory, and not on the hub";
+                keys.error(key, &format!("the vision tower, but it {looked}: {e}"))
+            })?,
+        },
+    };
+    let path = dir.join("config.json");
+    let map = files::json(&path)?.ok_or_else(|| Error::file(&dir, "the vision tower has no config.json"))?;
+    let tower_keys = Keys::new(&path, &map);
+    let vision = match tower_keys.has("vision_config") {
+        true => config_json::clip(&tower_keys.object("vision_config")?)?,
+        false => config_json::clip(&tower_keys)?,
+    };
+    let preprocess = preprocess(&dir, vision.image_size)?
+        .ok_or_else(|| Error::file(&dir, "the vision tower has no preprocessor_config.json"))?;
+    if inside {
+        return Ok((vision, preprocess, None));
+    }
+    let found = files::weight_files(&dir)?.ok_or_else(|| Error::file(&dir, "the vision tower has no weight files"))?;
+    for file in &found.paths {
+        weights.add(file, &[Part::Clip])?;
+    }
+    Ok((vision, preprocess, Some(dir)))
+}
+
+/// OpenAI's ViT-L/14 at this picture size, with its weights in the checkpoint.
+fn known_tower(image_size: usize) -> (ClipConfig, Preprocess, Option<PathBuf>) {
+    (ClipConfig::vit_l_14(image_size), Preprocess::clip(image_size, Fit::Crop), None)
+}
+
+/// The preprocessing that `dir` asks for, if it has one of the two files that can.
+fn preprocess(dir: &Path, image_size: usize) -> Result<Option<Preprocess>> {
+    let path = dir.join("preprocessor_config.json");
+    if let Some(map) = files::json(&path)? {
+        return preprocess_json::read(&Keys::new(&path, &map), image_size).map(Some);
+    }
+    let path = dir.join("processor_config.json");
+    let Some(map) = files::json(&path)? else { return Ok(None) };
+    let keys = Keys::new(&path, &map);
+    match keys.has("image_processor") {
+        true => preprocess_json::read(&keys.object("image_processor")?, image_size).map(Some),
+        false => Ok(None),
+    }
+}
+
+/// The chat template of `dir`: a file of its own (in either of two formats), or a key of `tokenizer_config.json`.
+fn chat_template(dir: &Path) -> Result<Option<String>> {
+    if let Some(template) = files::text(&dir.join("chat_template.jinja"))? {
+        return Ok(Some(template));
+    }
+    for name in ["chat_template.json", "tokenizer_config.json"] {
+        let path = dir.join(name);
+        let Some(map) = files::json(&path)? else { continue };
+        // Several templates are a list of {name, template}; the one for chat is called `default`.
+        let template = match map.get("chat_template") {
+            Some(Value::Array(list)) => list.iter().find(|t| t["name"] == "default").map(|t| &t["template"]),
+            other => other,
+        };
+        match template {
+            None | Some(Value::Null) => {}
+            Some(Value::String(template)) => return Ok(Some(template.clone())),
+            Some(_) => return Err(Error::file(path, "`chat_template` is not a string")),
+        }
+    }
+    Ok(None)
+}
+
+impl<'a> Folder<'a> {
+    fn open(path: &'a Path) -> Result<Self> {
+        if path.is_file() {
+            let what = if path.extension().is_some_and(|e| e == "gguf") { "a GGUF file: not supported yet" } else { "a file" };
+            return Err(Error::file(path, format!("{what}: name the folder of a checkpoint")));
+        }
+        let names = files::list(path)?;
+        let config_path = path.join("config.json");
+        let has = |name: &str| names.iter().any(|n| n == name);
+        let what = if names.is_empty() {
+            "an empty folder"
+        } else if has("adapter_config.json") {
+            "a LoRA adapter: not yet supported, merge it into its base model first"
+        } else if has("config.json") {
+            ""
+        } else if names.iter().any(|n| n.ends_with(".gguf")) {
+            "a folder of GGUF files: not supported yet, use the checkpoint they were made from"
+        } else if has("mm_projector.bin") {
+            "a projector without the config.json that training wrote beside it"
+        } else if names.iter().any(|n| n.ends_with(".safetensors") || n.ends_with(".bin")) {
+            "weights without config.json: not a whole checkpoint"
+        } else {
+            "a folder without config.json and without weights: not a checkpoint"
+        };
+        if !what.is_empty() {
+            return Err(Error::file(path, what));
+        }
+        let config = files::json(&config_path)?.ok_or_else(|| Error::file(path, "no config.json"))?;
+        let generation_path = path.join("generation_config.json");
+        let generation = files::json(&generation_path)?;
+        Ok(Self { path, names, config_path, config, generation_path, generation })
+    }
+
+    fn generation(&self) -> Option<Keys<'_>> {
+        self.generation.as_ref().map(|map| Keys::new(&self.generation_path, map))
+    }
+
+    fn no_weights(&self) -> Error {
+        Error::file(self.path, "the configuration of a LLaVA without its weights: no *.safetensors and no *.bin")
+    }
+
+    /// What is in a folder that holds no LLaVA.
+    fn another(&self, keys: &Keys) -> Error {
+        let what = match keys.str("model_type") {
+            Err(e) => return e,
+            Ok(Some("clip" | "clip_vision_model")) => "a CLIP model: one part of a LLaVA only".to_owned(),
+            Ok(Some("llama" | "vicuna")) => "a LLaMA without a projector: not a LLaVA".to_owned(),
+            Ok(Some("llava_next")) => "a LLaVA-1.6 (llava_next): not supported yet, use a LLaVA-1.5".to_owned(),
+            Ok(Some(other)) => format!("a model of type `{}`: not a LLaVA", other.escape_debug()),
+            Ok(None) => "config.json does not say that it is a LLaVA (no `model_type`)".to_owned(),
+        };
+        Error::file(self.path, what)
+    }
+}

@@ -1,0 +1,180 @@
+//! The LLaMA decoder (Touvron et al., arXiv 2302.13971; HF `modeling_llama.py`).
+
+use std::sync::Arc;
+
+use super::acts::{BlockActs, HEAD_ROWS, LlamaActs};
+use super::config::LlamaConfig;
+use super::load::Loader;
+use super::stage::{Ctx, Stage};
+use crate::error::Result;
+use crate::nn::{Linear, RmsNorm, rope_table};
+use crate::ops::{Heads, KvLayer, KvSource, RopeTable, RowCopy, Span, Weight};
+use crate::tensor::Tensor;
+
+/// The decoder.
+pub struct Llama {
+    pub(super) embedding: Arc<Tensor>, // [vocab, hidden]
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    head: Linear, // [vocab, hidden]
+    rope: RopeTable,
+}
+
+impl Llama {
+    /// The decoder, for positions below `context_tokens`.
+    pub fn load(loader: &Loader<'_>, config: &LlamaConfig, context_tokens: usize) -> Result<Self> {
+        let table = [config.vocab_size, config.hidden_size];
+        let embedding = loader.matrix("llama.embed_tokens.weight", &table)?;
+        let head = if config.tie_word_embeddings { embedding.clone() } else { loader.matrix("llama.lm_head.weight", &table)? };
+        Ok(Self {
+            embedding,
+            blocks: (0..config.n_layers).map(|i| Block::load(loader, config, i)).collect::<Result<_>>()?,
+            norm: loader.rms_norm("llama.norm", config.hidden_size, config.rms_norm_eps)?,
+            head: Linear { weight: Weight::stacked(vec![head])?, bias: None },
+            rope: rope_table(loader.ops, context_tokens, config.head_dim, config.rope_theta, &config.rope_scaling)?,
+        })
+    }
+
+    /// Runs the rows of `acts.all.x` through all layers; the hidden states of `outputs` (rows of the batch) are left for
+    /// [`Llama::logits`].
+    ///
+    /// The last layer needs keys and values of all rows, but queries, attention and MLP of the output rows only: where those are few,
+    /// it is run for them alone.
+    pub fn forward(
+        &self,
+        ctx: &mut Ctx<'_>,
+        acts: &mut LlamaActs,
+        kv: &mut [KvLayer],
+        spans: &[Span<'_>],
+        outputs: &[RowCopy],
+    ) -> Result<()> {
+        let LlamaActs { all, tail, .. } = acts;
+        let tokens = all.x.rows();
+        let n_outputs = outputs.iter().map(|o| o.n_rows).sum();
+        all.set_tokens(tokens);
+        tail.set_tokens(n_outputs);
+        let trim_last = n_outputs <= tokens / 2;
+        let n_full = self.blocks.len() - usize::from(trim_last);
+        for (i, block) in self.blocks[..n_full].iter().enumerate() {
+            ctx.check_cancelled()?;
+            block.forward(ctx, all, &mut kv[i], &self.rope, spans)?;
+            ctx.observe(Stage::DecoderHidden(i + 1), &all.x);
+        }
+        ctx.ops.copy_rows(&mut tail.x, &all.x, outputs)?;
+        if trim_last {
+            self.blocks[n_full].forward_trimmed(ctx, all, tail, &mut kv[n_full], &self.rope, spans, outputs)?;
+            ctx.observe(Stage::DecoderHidden(n_full + 1), &tail.x);
+        }
+        Ok(())
+    }
+
+    /// Logits f32 `[outputs, vocab]` of the rows that the last [`Llama::forward`] was asked for, a few rows at a time.
+    pub fn logits(&self, ctx: &mut Ctx<'_>, acts: &mut LlamaActs, mut take: impl FnMut(&[f32])) -> Result<()> {
+        let LlamaActs { all, tail, logits, .. } = acts;
+        self.norm.forward(ctx.ops, &mut tail.normed, &tail.x)?;
+        for first in (0..tail.tokens()).step_by(HEAD_ROWS) {
+            let n_rows = HEAD_ROWS.min(tail.tokens() - first);
+            // The other set of buffers has done its work.
+            all.normed.set_rows(n_rows);
+            logits.set_rows(n_rows);
+            ctx.ops.copy_rows(&mut all.normed, &tail.normed, &[RowCopy { dst: 0, src: first, n_rows }])?;
+            self.head.forward(ctx.ops, logits, &all.normed)?;
+            ctx.ops.download(logits)?.chunks_exact(self.head.weight.n()).for_each(&mut take);
+        }
+        Ok(())
+    }
+
+    /// Number of layers: as many as a KV cache must have.
+    pub fn n_layers(&self) -> usize {
+        self.blocks.len()
+    }
+}
+
+struct Block {
+    heads: Heads,
+    attn_norm: RmsNorm,
+    qkv: Linear, // [(n_heads + 2 * n_kv_heads) * head_dim, hidden]
+    out: Linear, // [hidden, n_heads * head_dim]
+    mlp_norm: RmsNorm,
+    gate_up: Linear, // [2 * intermediate, hidden]
+    down: Linear,    // [hidden, intermediate]
+}
+
+impl Block {
+    fn load(loader: &Loader<'_>, config: &LlamaConfig, index: usize) -> Result<Self> {
+        let (hidden, intermediate, heads) = (config.hidden_size, config.intermediate_size, config.heads());
+        let layer = format!("llama.layers.{index}");
+        let (attn, mlp) = (format!("{layer}.self_attn"), format!("{layer}.mlp"));
+        let qkv = [("q_proj", heads.q_width()), ("k_proj", heads.kv_width()), ("v_proj", heads.kv_width())];
+        Ok(Self {
+            heads,
+            attn_norm: loader.rms_norm(&format!("{layer}.input_layernorm"), hidden, config.rms_norm_eps)?,
+            qkv: loader.linear(&attn, &qkv, hidden)?,
+            out: loader.linear(&attn, &[("o_proj", hidden)], heads.q_width())?,
+            mlp_norm: loader.rms_norm(&format!("{layer}.post_attention_layernorm"), hidden, config.rms_norm_eps)?,
+            gate_up: loader.linear(&mlp, &[("gate_proj", intermediate), ("up_proj", intermediate)], hidden)?,
+            down: loader.linear(&mlp, &[("down_proj", hidden)], intermediate)?,
+        })
+    }
+
+    /// x += W_o·Attn(RoPE(W_qkv·RMS(x))),  then  x += W_down·(silu(W_gate·n) ⊙ W_up·n),  n = RMS(x)
+    fn forward(&self, ctx: &mut Ctx<'_>, a: &mut BlockActs, kv: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>]) -> Result<()> {
+        let ops = ctx.ops;
+        self.attn_norm.forward(ops, &mut a.normed, &a.x)?;
+        self.qkv.forward(ops, &mut a.qkv, &a.normed)?;
+        ops.rope_append(&mut a.qkv, kv, rope, spans, self.heads)?;
+        ops.attention(&mut a.attn, &a.qkv, KvSource::Paged(kv), spans, self.heads, true)?;
+        self.out.forward_add(ops, &mut a.x, &a.attn)?;
+        self.mlp(ctx, a)
+    }
+
+    /// x += W_down·(silu(W_gate·n) ⊙ W_up·n),  n = RMS(x)
+    fn mlp(&self, ctx: &mut Ctx<'_>, a: &mut BlockActs) -> Result<()> {
+        let ops = ctx.ops;
+        self.mlp_norm.forward(ops, &mut a.normed, &a.x)?;
+        self.gate_up.forward(ops, &mut a.gate_up, &a.normed)?;
+        ops.silu_mul(&mut a.act, &a.gate_up)?;
+        self.down.forward_add(ops, &mut a.x, &a.act)
+    }
+
+    /// As [`Block::forward`], but all rows give keys and values only; `tail.x` holds the output rows and goes through the rest.
+    #[allow(clippy::too_many_arguments)]
+    fn forward_trimmed(
+        &self,
+        ctx: &mut Ctx<'_>,
+        all: &mut BlockActs,
+        tail: &mut BlockActs,
+        kv: &mut KvLayer,
+        rope: &RopeTable,
+        spans: &[Span<'_>],
+        outputs: &[RowCopy],
+    ) -> Result<()> {
+        let ops = ctx.ops;
+        self.attn_norm.forward(ops, &mut all.normed, &all.x)?;
+        ops.linear(&mut all.qkv, &all.normed, &self.qkv.weight.select(1..3), None, crate::ops::Epilogue::Store)?;
+        // The output rows' own q, k and v go back among the others to be rotated with them.
+        self.attn_norm.forward(ops, &mut tail.normed, &tail.x)?;
+        self.qkv.forward(ops, &mut tail.qkv, &tail.normed)?;
+        let back: Vec<_> = outputs.iter().map(|o| RowCopy { dst: o.src, src: o.dst, n_rows: o.n_rows }).collect();
+        ops.copy_rows(&mut all.qkv, &tail.qkv, &back)?;
+        ops.rope_append(&mut all.qkv, kv, rope, spans, self.heads)?;
+        ops.copy_rows(&mut tail.qkv, &all.qkv, outputs)?;
+        ops.attention(&mut tail.attn, &tail.qkv, KvSource::Paged(kv), &tail_spans(spans, outputs), self.heads, true)?;
+        self.out.forward_add(ops, &mut tail.x, &tail.attn)?;
+        self.mlp(ctx, tail)
+    }
+}
+
+/// The sequences as seen from their output rows: everything before such a row is in the cache by now.
+fn tail_spans<'a>(spans: &[Span<'a>], outputs: &[RowCopy]) -> Vec<Span<'a>> {
+    let mut tail = Vec::new();
+    for output in outputs {
+        for row in 0..output.n_rows {
+            let src = output.src + row;
+            let span = spans.iter().find(|s| (s.first_row..s.first_row + s.n_rows).contains(&src));
+            let span = span.expect("an output row belongs to a sequence of the batch");
+            tail.push(Span { first_row: output.dst + row, n_rows: 1, past: span.past + src - span.first_row, pages: span.pages });
+        }
+    }
+    tail
+}

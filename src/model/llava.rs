@@ -1,0 +1,166 @@
+//! LLaVA: pictures through tower and projector, their features spliced among the text embeddings, and through the decoder.
+
+use super::acts::{ClipActs, LlamaActs};
+use super::clip::Clip;
+use super::config::{FeatureSelect, LlavaConfig};
+use super::llama::Llama;
+use super::load::Loader;
+use super::projector::Projector;
+use super::stage::{Ctx, Stage};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::ops::{KvLayer, Ops, RowCopy, Span};
+use crate::tensor::Tensor;
+use crate::weights::Store;
+
+/// Pictures that go through the tower at once: bounds its activations.
+const IMAGES_AT_ONCE: usize = 4;
+
+/// What stands at one position of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// A token of the vocabulary.
+    Token(u32),
+    /// A row of the image features.
+    Image {
+        /// Which row.
+        feature_row: usize,
+    },
+}
+
+/// The whole model on a device.
+pub struct Llava {
+    config: LlavaConfig,
+    clip: Clip,
+    projector: Projector,
+    llama: Llama,
+}
+
+impl Llava {
+    /// Loads the model; `dtype` converts matrices, `None` keeps them as they are stored.
+    pub fn load(ops: &dyn Ops, config: &LlavaConfig, weights: &Store, dtype: Option<DType>) -> Result<Self> {
+        let loader = Loader { ops, weights, dtype };
+        Ok(Self {
+            clip: Clip::load(&loader, &config.vision, config.n_vision_layers)?,
+            projector: Projector::load(&loader, &config.projector, config.vision.hidden_size, config.text.hidden_size)?,
+            llama: Llama::load(&loader, &config.text, config.context_tokens)?,
+            config: config.clone(),
+        })
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &LlavaConfig {
+        &self.config
+    }
+
+    /// The decoder.
+    pub fn llama(&self) -> &Llama {
+        &self.llama
+    }
+
+    /// Features of `pixels` f32 `[images, 3, image_size, image_size]`: `[images · tokens per image, hidden]`.
+    pub fn encode(&self, ctx: &mut Ctx<'_>, pixels: &Tensor) -> Result<Tensor> {
+        let n_images = pixels.rows();
+        let tokens_per_image = self.config.tokens_per_image();
+        let clip_tokens = 1 + self.config.vision.n_patches();
+        let mut selected =
+            ctx.ops.alloc(&[n_images * tokens_per_image, self.config.vision.hidden_size], ctx.ops.activation_dtype())?;
+        let mut acts = ClipActs::plan(ctx.ops, &self.config.vision, n_images.min(IMAGES_AT_ONCE))?;
+        let pixels_per_image = pixels.row_len();
+        for first in (0..n_images).step_by(IMAGES_AT_ONCE) {
+            let n = IMAGES_AT_ONCE.min(n_images - first);
+            let shape = [&[n], &pixels.shape()[1..]].concat();
+            let values = &pixels.as_slice::<f32>()[first * pixels_per_image..(first + n) * pixels_per_image];
+            let batch = ctx.ops.upload(Tensor::from_slice(&shape, values))?;
+            self.clip.forward(ctx, &mut acts, &batch)?;
+            let skip = usize::from(self.config.feature_select == FeatureSelect::Patch); // the class token comes first
+            let select = |i| RowCopy { dst: (first + i) * tokens_per_image, src: i * clip_tokens + skip, n_rows: tokens_per_image };
+            ctx.ops.copy_rows(&mut selected, &acts.x, &(0..n).map(select).collect::<Vec<_>>())?;
+        }
+        ctx.observe(Stage::ClipSelected, &selected);
+        let features = self.projector.forward(ctx.ops, selected)?;
+        ctx.observe(Stage::ImageFeatures, &features);
+        Ok(features)
+    }
+
+    /// Lays embeddings and image features out as the decoder's input: `slots` in order, in `acts`' input rows.
+    pub fn embed(&self, ctx: &mut Ctx<'_>, acts: &mut LlamaActs, slots: &[Slot], features: Option<&Tensor>) -> Result<()> {
+        let ids: Vec<u32> = slots.iter().filter_map(|s| if let Slot::Token(id) = s { Some(*id) } else { None }).collect();
+        acts.all.x.set_rows(slots.len());
+        acts.embeds.set_rows(ids.len());
+        ctx.ops.embed(&mut acts.embeds, &self.llama.embedding, &ids)?;
+        let (text, images) = splice(slots);
+        ctx.ops.copy_rows(&mut acts.all.x, &acts.embeds, &text)?;
+        if !images.is_empty() {
+            let features = features.ok_or_else(|| Error::usage("the prompt has image positions but no image was encoded"))?;
+            ctx.ops.copy_rows(&mut acts.all.x, features, &images)?;
+        }
+        ctx.observe(Stage::InputEmbeds, &acts.all.x);
+        Ok(())
+    }
+
+    /// Runs `slots`, which follow `past` cached tokens of a sequence in `pages`, and hands the logits of the rows from `first_output`
+    /// on to `take`, one row `[vocab]` at a time.
+    #[allow(clippy::too_many_arguments)]
+    pub fn run(
+        &self,
+        ctx: &mut Ctx<'_>,
+        acts: &mut LlamaActs,
+        kv: &mut [KvLayer],
+        sequence: Sequence<'_>,
+        slots: &[Slot],
+        features: Option<&Tensor>,
+        first_output: usize,
+        take: impl FnMut(&[f32]),
+    ) -> Result<()> {
+        self.embed(ctx, acts, slots, features)?;
+        let spans = [Span { first_row: 0, n_rows: slots.len(), past: sequence.past, pages: sequence.pages }];
+        let outputs = RowCopy { dst: 0, src: first_output.min(slots.len()), n_rows: slots.len().saturating_sub(first_output) };
+        self.llama.forward(ctx, acts, kv, &spans, &[outputs])?;
+        if outputs.n_rows > 0 { self.llama.logits(ctx, acts, take) } else { Ok(()) }
+    }
+}
+
+/// The cached part of a sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequence<'a> {
+    /// Tokens in the cache.
+    pub past: usize,
+    /// Pages that hold them and what follows.
+    pub pages: &'a [u32],
+}
+
+/// Runs of slots that lie together both in the sequence and in their source: (text rows, image rows).
+fn splice(slots: &[Slot]) -> (Vec<RowCopy>, Vec<RowCopy>) {
+    let (mut text, mut images) = (Vec::<RowCopy>::new(), Vec::<RowCopy>::new());
+    let mut n_text = 0;
+    for (dst, slot) in slots.iter().enumerate() {
+        let (runs, src) = match *slot {
+            Slot::Token(_) => {
+                n_text += 1;
+                (&mut text, n_text - 1)
+            }
+            Slot::Image { feature_row } => (&mut images, feature_row),
+        };
+        match runs.last_mut() {
+            Some(run) if run.dst + run.n_rows == dst && run.src + run.n_rows == src => run.n_rows += 1,
+            _ => runs.push(RowCopy { dst, src, n_rows: 1 }),
+        }
+    }
+    (text, images)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn splicing_keeps_order_and_merges_runs() {
+        let image = |feature_row| Slot::Image { feature_row };
+        let slots = [Slot::Token(1), image(0), image(1), Slot::Token(7), Slot::Token(8), image(1), image(3)];
+        let (text, images) = splice(&slots);
+        let run = |dst, src, n_rows| RowCopy { dst, src, n_rows };
+        assert_eq!(text, [run(0, 0, 1), run(3, 1, 2)]);
+        assert_eq!(images, [run(1, 0, 2), run(5, 1, 1), run(6, 3, 1)]);
+    }
+}

@@ -1,0 +1,178 @@
+//! [`Profiled`]: stands in front of a device and keeps what each op costs.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::ops::{Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Span, Weight};
+use crate::tensor::Tensor;
+
+/// What one op has cost, over all its calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct OpRecord {
+    /// Calls.
+    pub calls: usize,
+    /// Wall-clock time in ms.
+    pub ms: f64,
+    /// Bytes that the op must move at least: each operand once.
+    pub bytes: f64,
+    /// Floating-point operations, a fused multiply-add counted as two.
+    pub flops: f64,
+}
+
+impl OpRecord {
+    /// Bytes moved in GB/s.
+    pub fn gbps(&self) -> f64 {
+        self.bytes / self.ms / 1e6
+    }
+
+    /// Arithmetic in GFLOP/s.
+    pub fn gflops(&self) -> f64 {
+        self.flops / self.ms / 1e6
+    }
+}
+
+/// Costs by op.
+#[derive(Debug, Default)]
+pub struct Records(Mutex<BTreeMap<&'static str, OpRecord>>);
+
+impl Records {
+    fn add(&self, op: &'static str, seconds: f64, bytes: usize, flops: usize) {
+        // Sums stay sums whatever panicked elsewhere.
+        let mut records = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let record = records.entry(op).or_default();
+        record.calls += 1;
+        record.ms += seconds * 1e3;
+        record.bytes += bytes as f64;
+        record.flops += flops as f64;
+    }
+
+    /// The records so far, the costliest first.
+    pub fn snapshot(&self) -> Vec<(&'static str, OpRecord)> {
+        let records = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut all: Vec<_> = records.iter().map(|(op, record)| (*op, *record)).collect();
+        all.sort_by(|a, b| b.1.ms.total_cmp(&a.1.ms));
+        all
+    }
+}
+
+/// A device whose ops are timed.
+pub struct Profiled {
+    inner: Box<dyn Ops>,
+    records: Arc<Records>,
+}
+
+impl Profiled {
+    /// Times the ops of `inner`.
+    pub fn new(inner: Box<dyn Ops>) -> Self {
+        Self { inner, records: Arc::default() }
+    }
+
+    /// Where the costs are kept.
+    pub fn records(&self) -> Arc<Records> {
+        self.records.clone()
+    }
+
+    fn timed(&self, op: &'static str, bytes: usize, flops: usize, run: impl FnOnce(&dyn Ops) -> Result<()>) -> Result<()> {
+        let start = Instant::now();
+        let result = run(&*self.inner);
+        self.records.add(op, start.elapsed().as_secs_f64(), bytes, flops);
+        result
+    }
+}
+
+impl Ops for Profiled {
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+
+    fn activation_dtype(&self) -> DType {
+        self.inner.activation_dtype()
+    }
+
+    fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        self.inner.alloc(shape, dtype)
+    }
+
+    fn upload(&self, tensor: Tensor) -> Result<Tensor> {
+        self.inner.upload(tensor)
+    }
+
+    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+        self.inner.download(tensor)
+    }
+
+    fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
+        let tokens = x.rows();
+        let outputs = tokens * w.n() * y.dtype().size() * if epilogue == Epilogue::Add { 2 } else { 1 };
+        // One row is bound by memory, many by arithmetic: two lines of the table.
+        let op = if tokens == 1 { "linear (1 row)" } else { "linear" };
+        let (bytes, flops) = (w.bytes() + x.bytes() + outputs, 2 * tokens * w.n() * w.k());
+        self.timed(op, bytes, flops, |ops| ops.linear(y, x, w, bias, epilogue))
+    }
+
+    fn rms_norm(&self, y: &mut Tensor, x: &Tensor, w: &Tensor, eps: f32) -> Result<()> {
+        self.timed("rms_norm", 2 * x.bytes(), 4 * x.len(), |ops| ops.rms_norm(y, x, w, eps))
+    }
+
+    fn layer_norm(&self, y: &mut Tensor, x: &Tensor, w: &Tensor, b: &Tensor, eps: f32) -> Result<()> {
+        self.timed("layer_norm", 2 * x.bytes(), 7 * x.len(), |ops| ops.layer_norm(y, x, w, b, eps))
+    }
+
+    fn silu_mul(&self, y: &mut Tensor, gate_up: &Tensor) -> Result<()> {
+        self.timed("silu_mul", gate_up.bytes() + y.bytes(), 5 * y.len(), |ops| ops.silu_mul(y, gate_up))
+    }
+
+    fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
+        let read = ids.len() * table.row_len() * table.dtype().size();
+        self.timed("embed", read + y.bytes(), 0, |ops| ops.embed(y, table, ids))
+    }
+
+    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
+        self.timed("patchify", 2 * pixels.bytes(), 0, |ops| ops.patchify(y, pixels, patch_size))
+    }
+
+    fn clip_embed(&self, y: &mut Tensor, patches: &Tensor, class: &Tensor, positions: &Tensor) -> Result<()> {
+        self.timed("clip_embed", 2 * patches.bytes(), patches.len(), |ops| ops.clip_embed(y, patches, class, positions))
+    }
+
+    fn rope_append(&self, qkv: &mut Tensor, kv: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) -> Result<()> {
+        let stored = 2 * qkv.rows() * heads.kv_width() * kv.k.dtype().size();
+        let flops = 3 * qkv.rows() * (heads.q_width() + heads.kv_width());
+        self.timed("rope_append", 2 * qkv.bytes() + stored, flops, |ops| ops.rope_append(qkv, kv, rope, spans, heads))
+    }
+
+    fn attention(
+        &self,
+        out: &mut Tensor,
+        qkv: &Tensor,
+        kv: KvSource<'_>,
+        spans: &[Span<'_>],
+        heads: Heads,
+        causal: bool,
+    ) -> Result<()> {
+        let kv_size = match kv {
+            KvSource::Own => qkv.dtype().size(),
+            KvSource::Paged(layer) => layer.k.dtype().size(),
+        };
+        let (mut pairs, mut context) = (0, 0);
+        for s in spans {
+            // Row r sees past + r + 1 tokens if causal: the sum of an arithmetic series.
+            pairs += s.n_rows * (s.past + if causal { s.n_rows.div_ceil(2) } else { s.n_rows });
+            context += s.past + s.n_rows;
+        }
+        let bytes = 2 * context * heads.kv_width() * kv_size + 2 * out.bytes();
+        let op = match kv {
+            KvSource::Own => "attention (own)",
+            KvSource::Paged(_) => "attention (paged)",
+        };
+        self.timed(op, bytes, 4 * pairs * heads.q_width(), |ops| ops.attention(out, qkv, kv, spans, heads, causal))
+    }
+
+    fn copy_rows(&self, dst: &mut Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()> {
+        let rows: usize = copies.iter().map(|c| c.n_rows).sum();
+        self.timed("copy_rows", 2 * rows * src.row_len() * src.dtype().size(), 0, |ops| ops.copy_rows(dst, src, copies))
+    }
+}
