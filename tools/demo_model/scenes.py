@@ -91,22 +91,23 @@ def _kinds(rng, count):
             return kinds
 
 
-def _place(rng, diameters):
-    for _ in range(200):
-        spots = []
-        for d in diameters:
-            reach = d / 2 + 0.015
-            spots.append((rng.uniform(reach, 1 - reach), rng.uniform(reach, 1 - reach), d))
-        pairs = [(a, b) for i, a in enumerate(spots) for b in spots[:i]]
-        if all(
-            abs(a[0] - b[0]) >= MIN_GAP and math.hypot(a[0] - b[0], a[1] - b[1]) >= (a[2] + b[2]) / 2 + 0.03
-            for a, b in pairs
-        ):
-            return spots
-    return None
+def _place(rng, diameters, min_gap):
+    """(x, y, diameter) of each object, clear of the others; None if there is no room."""
+    spots = []
+    for d in diameters:
+        reach = d / 2 + 0.015
+        for _ in range(40):
+            x, y = rng.uniform(reach, 1 - reach), rng.uniform(reach, 1 - reach)
+            if all(abs(x - a) >= min_gap and math.hypot(x - a, y - b) >= (d + e) / 2 + 0.03 for a, b, e in spots):
+                spots.append((x, y, d))
+                break
+        else:
+            return None
+    return spots
 
 
-def sample_scene(seed, width=None, height=None):
+def sample_scene(seed, width=None, height=None, crowded=False):
+    """`crowded`: four to nine objects side by side, to learn shapes from; no questions are asked about these."""
     rng = random.Random(seed)
     picture = _picture_size(rng)
     if width:
@@ -118,9 +119,13 @@ def sample_scene(seed, width=None, height=None):
         tints = [_grey_tint(rng, 100, 185)]
     spots = None
     while spots is None:
-        count = rng.choices([1, 2, 3], [0.2, 0.35, 0.45])[0]
-        sizes = [rng.choice(SIZE_NAMES) for _ in range(count)]
-        spots = _place(rng, [rng.uniform(*SIZES[s]) for s in sizes])
+        if crowded:
+            count = rng.randint(4, 9)
+            sizes = ["large" if i < (9 - count) // 2 else "small" for i in range(count)]
+        else:
+            count = rng.choices([1, 2, 3], [0.2, 0.35, 0.45])[0]
+            sizes = [rng.choice(SIZE_NAMES) for _ in range(count)]
+        spots = _place(rng, [rng.uniform(*SIZES[s]) for s in sizes], 0 if crowded else MIN_GAP)
     objects = []
     for (shape, colour), size, (x, y, d) in zip(_kinds(rng, count), sizes, spots):
         rgb = tuple(min(255, max(0, c + rng.randint(-12, 12))) for c in COLOURS[colour])
@@ -237,7 +242,7 @@ def _named(objects):
     return _sentence(_join([_a(o.name) for o in objects])) if objects else "Nothing."
 
 
-def _plural(shape):
+def plural(shape):
     return shape + ("es" if shape == "cross" else "s")
 
 
@@ -312,7 +317,7 @@ def q_count_of(scene, rng):
     if rng.random() < 0.5:
         value = rng.choice(scene.objects).shape if rng.random() < 0.75 else rng.choice(SHAPES)
         n = sum(o.shape == value for o in scene.objects)
-        asked, one = _plural(value), value
+        asked, one = plural(value), value
     else:
         value = rng.choice(scene.objects).colour if rng.random() < 0.75 else rng.choice(COLOUR_NAMES)
         n = sum(o.colour == value for o in scene.objects)
@@ -509,8 +514,17 @@ _TYPES = list(QUESTIONS)
 _WEIGHTS = [weight for _, weight in QUESTIONS.values()]
 
 
-def conversation(scene, seed, turns):
-    """[(type, question, answer)], no question asked twice."""
+def spoken_of(scene, answer, it):
+    """The objects behind an answer's attribute words, in the order of speaking."""
+    if it is not None:
+        return [it]
+    names = [word.strip(",.") for word in answer.split()]
+    pairs = set(zip(names, names[1:]))
+    return [o for o in scene.objects if (o.colour, o.shape) in pairs]
+
+
+def conversation(scene, seed, turns, with_objects=False):
+    """[(type, question, answer)], no question asked twice; `with_objects` adds what each answer speaks of."""
     rng = random.Random(seed)
     out, asked, it = [], set(), None
     while len(out) < turns:
@@ -524,6 +538,6 @@ def conversation(scene, seed, turns):
         if question in asked and kind != "follow_up":
             continue
         asked.add(question)
-        out.append((kind, question, answer))
+        out.append((kind, question, answer, spoken_of(scene, answer, referent)) if with_objects else (kind, question, answer))
         it = referent
     return out

@@ -1,0 +1,94 @@
+//! The demo model looks: its answers about scenes it has never seen are right, are transformers' own, and depend on the picture.
+
+mod support;
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use llava_engine::engine::{Engine, EngineOptions, GenerateOptions, Turn};
+use llava_engine::image::RgbImage;
+use llava_engine::infer::sampler::SamplingOptions;
+use support::{fixture, image};
+
+#[derive(serde::Deserialize)]
+struct Scene {
+    image: String,
+    turns: Vec<Question>,
+    /// What transformers answers with the same weights, in f32, greedily, in the same conversation.
+    hf_answers: Vec<String>,
+}
+
+#[derive(serde::Deserialize)]
+struct Question {
+    question: String,
+    answer: String,
+}
+
+fn scenes() -> Vec<Scene> {
+    let scenes: Vec<Scene> = serde_json::from_slice(&std::fs::read(fixture("demo/questions.json")).unwrap()).unwrap();
+    assert!(scenes.iter().map(|s| s.turns.len()).sum::<usize>() >= 100);
+    scenes
+}
+
+fn open() -> Engine {
+    // The fixtures were asked in the model's training format, where `</s>` ends every answer.
+    let options = EngineOptions { template: Some("hf".into()), ..Default::default() };
+    Engine::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo"), &options).unwrap()
+}
+
+/// Answers to the questions of a scene, asked one after the other in one conversation about `image`.
+fn ask(engine: &mut Engine, scene: &Scene, image: &RgbImage) -> Vec<String> {
+    let options = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 64, ..Default::default() };
+    let mut session = engine.session();
+    let mut turns = Vec::new();
+    let mut answers = Vec::new();
+    for question in &scene.turns {
+        turns.push(Turn::user(&question.question, usize::from(turns.is_empty())));
+        let prompt = engine.prompt(None, &turns).unwrap();
+        let images = std::slice::from_ref(image);
+        let answer = engine.generate_in(&mut session, &prompt, images, &options, &mut |_| ControlFlow::Continue(())).unwrap();
+        turns.push(Turn::assistant(&answer.text));
+        answers.push(answer.text.trim().to_owned());
+    }
+    answers
+}
+
+/// Share of the answers that are exactly right.
+fn accuracy(scenes: &[Scene], answers: &[Vec<String>]) -> f64 {
+    let pairs = scenes.iter().zip(answers).flat_map(|(scene, given)| scene.turns.iter().zip(given));
+    let right = pairs.clone().filter(|(question, given)| question.answer == **given).count();
+    right as f64 / pairs.count() as f64
+}
+
+#[test]
+fn answers_are_those_of_transformers_and_right() {
+    let (mut engine, scenes) = (open(), scenes());
+    let mut answers = Vec::new();
+    for scene in &scenes {
+        let given = ask(&mut engine, scene, &image(&fixture("demo").join(&scene.image)));
+        // A JPEG decodes a few levels apart from the reference's: its answers count, but need not be the same.
+        if !scene.image.ends_with(".jpg") {
+            let expected: Vec<_> = scene.hf_answers.iter().map(|a| a.trim().to_owned()).collect();
+            assert_eq!(given, expected, "{}", scene.image);
+        }
+        answers.push(given);
+    }
+    let accuracy = accuracy(&scenes, &answers);
+    println!("{:.1} % exact", 100.0 * accuracy);
+    assert!(accuracy >= 0.85, "{:.1} % of the answers are exact", 100.0 * accuracy);
+}
+
+#[test]
+fn answers_depend_on_the_picture() {
+    let (mut engine, scenes) = (open(), scenes());
+    let images: Vec<_> = scenes.iter().map(|s| image(&fixture("demo").join(&s.image))).collect();
+    let half = scenes.len() / 2;
+    let shuffled: Vec<_> =
+        scenes.iter().enumerate().map(|(i, s)| ask(&mut engine, s, &images[(i + half) % images.len()])).collect();
+    let shuffled = accuracy(&scenes, &shuffled);
+    assert!(shuffled < 0.4, "{:.1} % are right about the wrong picture", 100.0 * shuffled);
+    let grey = RgbImage::filled(224, 224, [128; 3]).unwrap();
+    let blanked: Vec<_> = scenes.iter().map(|s| ask(&mut engine, s, &grey)).collect();
+    let blanked = accuracy(&scenes, &blanked);
+    assert!(blanked < 0.4, "{:.1} % are right about a blank picture", 100.0 * blanked);
+}
