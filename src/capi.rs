@@ -36,6 +36,8 @@ pub const LLAVA_CONTEXT_FULL: i32 = 4;
 pub const LLAVA_UNSUPPORTED: i32 = 5;
 /// A fault in the library itself: please report it. The engine it happened in must be freed.
 pub const LLAVA_INTERNAL: i32 = 6;
+/// The device failed: out of memory, or a kernel went wrong. The engine must be freed.
+pub const LLAVA_DEVICE: i32 = 7;
 
 /// An open model. Calls on one engine from several threads wait for one another; different engines are independent.
 pub struct LlavaEngine {
@@ -73,6 +75,7 @@ fn status_of(error: &Error) -> i32 {
         Error::Image { .. } => LLAVA_BAD_IMAGE,
         Error::Context { .. } => LLAVA_CONTEXT_FULL,
         Error::Unsupported(_) | Error::Cancelled => LLAVA_UNSUPPORTED,
+        Error::Device { .. } => LLAVA_DEVICE,
     }
 }
 

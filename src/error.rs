@@ -81,6 +81,14 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// A kernel that could not be launched or went wrong, or a device that refused a request.
+    #[error("device: {op}: {problem}")]
+    Device {
+        /// The kernel or request.
+        op: String,
+        /// What the device said, or what is wrong with the launch.
+        problem: String,
+    },
     /// Ended on request before it was done.
     #[error("cancelled")]
     Cancelled,
@@ -118,6 +126,11 @@ impl Error {
     /// A template that failed.
     pub fn template(name: impl Into<String>, problem: impl fmt::Display) -> Self {
         Self::Template { name: name.into(), problem: problem.to_string() }
+    }
+
+    /// A kernel or request that a device refused.
+    pub fn device(op: impl Into<String>, problem: impl fmt::Display) -> Self {
+        Self::Device { op: op.into(), problem: problem.to_string() }
     }
 
     /// An operand of `op` that does not fit.

@@ -10,6 +10,7 @@
 //! | [`nn`] | layers with weights |
 //! | [`ops`] | [`ops::Ops`], what a device does, each op with its equation |
 //! | [`cpu`] | the CPU device |
+//! | [`cuda`] | the CUDA device, on a GPU or in the kernel simulator |
 //! | [`profile`] | a device whose ops are timed |
 //! | [`image`] | from a file to pixels, as Pillow does it |
 //! | [`text`] | tokenizers, templates, streaming |
@@ -19,6 +20,7 @@
 
 pub mod capi;
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod dtype;
 pub mod engine;

@@ -4,6 +4,8 @@
 //! a batch, one after the other. Activations have the device's own dtype ([`Ops::activation_dtype`]), weights that of their file.
 //! The trait is object-safe, so that decorators such as a profiler stand in front of any device.
 
+pub mod check;
+
 use std::sync::Arc;
 
 use crate::dtype::DType;
@@ -166,6 +168,9 @@ pub trait Ops: Send + Sync {
 
     /// The dtype of activations.
     fn activation_dtype(&self) -> DType;
+
+    /// The dtype that matrices and tables must be brought to; none if the device takes them as they are stored.
+    fn weight_dtype(&self) -> Option<DType>;
 
     /// A zeroed buffer on the device.
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor>;

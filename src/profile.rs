@@ -92,6 +92,10 @@ impl Ops for Profiled {
         self.inner.activation_dtype()
     }
 
+    fn weight_dtype(&self) -> Option<DType> {
+        self.inner.weight_dtype()
+    }
+
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
         self.inner.alloc(shape, dtype)
     }

@@ -56,12 +56,20 @@ impl Drop for HostBuffer {
     }
 }
 
+/// Memory on a device, given back when dropped.
+pub trait DeviceMemory: Send + Sync {
+    /// Where it begins, in the device's own address space.
+    fn address(&self) -> u64;
+}
+
 /// Where the elements are.
 enum Storage {
     /// Memory of our own.
     Owned(HostBuffer),
     /// A read-only range of a mapped checkpoint file: weights are never copied.
     Mapped { map: Arc<Mmap>, offset: usize, bytes: usize },
+    /// Memory of a device, which the host cannot read.
+    Device { memory: Box<dyn DeviceMemory>, bytes: usize },
 }
 
 /// A contiguous, row-major array of numbers. Its leading dimension may shrink and grow within the capacity it was made with.
@@ -113,6 +121,16 @@ impl Tensor {
         Ok(Self { storage: Storage::Mapped { map, offset, bytes }, shape: shape.to_vec(), dtype })
     }
 
+    /// A tensor in `bytes` of a device's memory.
+    ///
+    /// # Panics
+    /// If `shape` does not fit into them.
+    pub fn on_device(memory: Box<dyn DeviceMemory>, bytes: usize, shape: &[usize], dtype: DType) -> Self {
+        let needed = checked_len(shape).and_then(|n| n.checked_mul(dtype.size()));
+        assert!(needed.is_some_and(|n| n <= bytes), "{dtype}{shape:?} does not fit into {bytes} bytes");
+        Self { storage: Storage::Device { memory, bytes }, shape: shape.to_vec(), dtype }
+    }
+
     /// Its dimensions, outermost first.
     pub fn shape(&self) -> &[usize] {
         &self.shape
@@ -153,6 +171,14 @@ impl Tensor {
         matches!(self.storage, Storage::Mapped { .. })
     }
 
+    /// Where it begins in the memory of its device; none if it is the host's.
+    pub fn device_address(&self) -> Option<u64> {
+        match &self.storage {
+            Storage::Device { memory, .. } => Some(memory.address()),
+            Storage::Owned(_) | Storage::Mapped { .. } => None,
+        }
+    }
+
     /// Sets the leading dimension, within the capacity that the tensor was made with.
     ///
     /// # Panics
@@ -160,7 +186,7 @@ impl Tensor {
     pub fn set_rows(&mut self, rows: usize) {
         let capacity = match &self.storage {
             Storage::Owned(buffer) => buffer.bytes,
-            Storage::Mapped { bytes, .. } => *bytes,
+            Storage::Mapped { bytes, .. } | Storage::Device { bytes, .. } => *bytes,
         };
         let needed = rows * self.row_len() * self.dtype.size();
         assert!(needed <= capacity, "{rows} rows of {self:?} need {needed} bytes, planned were {capacity}");
@@ -179,7 +205,7 @@ impl Tensor {
     /// Its elements.
     ///
     /// # Panics
-    /// If `T` is not its dtype: a caller matches on [`Tensor::dtype`] first.
+    /// If `T` is not its dtype: a caller matches on [`Tensor::dtype`] first. If it is on a device: it must be downloaded.
     pub fn as_slice<T: Element>(&self) -> &[T] {
         assert_eq!(self.dtype, T::DTYPE, "{self:?} read as {}", T::DTYPE);
         bytemuck::cast_slice(self.as_bytes())
@@ -188,34 +214,47 @@ impl Tensor {
     /// Its elements, to be written.
     ///
     /// # Panics
-    /// If `T` is not its dtype, or if it lies in a mapped file.
+    /// If `T` is not its dtype, or if it lies in a mapped file or on a device.
     pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
         assert_eq!(self.dtype, T::DTYPE, "{self:?} written as {}", T::DTYPE);
+        bytemuck::cast_slice_mut(self.as_mut_bytes())
+    }
+
+    /// Its elements as bytes, to be written.
+    ///
+    /// # Panics
+    /// If it lies in a mapped file or on a device.
+    pub fn as_mut_bytes(&mut self) -> &mut [u8] {
         let bytes = self.bytes();
         match &mut self.storage {
             Storage::Owned(buffer) => {
                 // SAFETY: the buffer has at least `bytes` bytes (checked wherever the shape changes), all initialised (zeroed when
                 // allocated), and `&mut self` is the only way to it.
-                bytemuck::cast_slice_mut(unsafe { std::slice::from_raw_parts_mut(buffer.ptr.as_ptr(), bytes) })
+                unsafe { std::slice::from_raw_parts_mut(buffer.ptr.as_ptr(), bytes) }
             }
             Storage::Mapped { .. } => panic!("{self:?} lies in a mapped file and cannot be written"),
+            Storage::Device { .. } => panic!("{self:?} lies on a device: only its ops can write it"),
         }
     }
 
     /// Its elements as bytes, in the machine's (little-endian) order.
+    ///
+    /// # Panics
+    /// If it is on a device: it must be downloaded.
     pub fn as_bytes(&self) -> &[u8] {
         let bytes = self.bytes();
         match &self.storage {
             // SAFETY: as in `as_mut_slice`; `&self` allows reading only.
             Storage::Owned(buffer) => unsafe { std::slice::from_raw_parts(buffer.ptr.as_ptr(), bytes) },
             Storage::Mapped { map, offset, .. } => &map[*offset..offset + bytes],
+            Storage::Device { .. } => panic!("{self:?} lies on a device: download it first"),
         }
     }
 
     /// Its elements as f32, whatever they are stored as.
     ///
     /// # Panics
-    /// If it holds integers.
+    /// If it holds integers, or is on a device.
     pub fn to_f32(&self) -> Vec<f32> {
         match self.dtype {
             DType::F32 => self.as_slice::<f32>().to_vec(),

@@ -8,13 +8,15 @@ const MAX_LINES: usize = 600;
 const LONG_FILES: [(&str, &str); 0] = [];
 
 /// What each module of the library may import from the crate; imports go down only.
-const LAYERS: [(&str, &[&str]); 17] = [
+const LAYERS: [(&str, &[&str]); 18] = [
     ("error", &[]),
     ("dtype", &["error"]),
     ("tensor", &["error", "dtype"]),
     ("ops", &["error", "dtype", "tensor"]),
     ("device", &["error"]),
     ("cpu", &["error", "dtype", "tensor", "ops"]),
+    // The simulator shares blocks out among the CPU's threads.
+    ("cuda", &["error", "dtype", "tensor", "ops", "cpu"]),
     ("profile", &["error", "dtype", "tensor", "ops"]),
     ("nn", &["error", "dtype", "tensor", "ops"]),
     ("image", &["error", "dtype", "tensor"]),

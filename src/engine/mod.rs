@@ -99,8 +99,9 @@ impl Engine {
         let template = Template::choose(options.template.as_deref(), &folder, &checkpoint, profile)?;
         let compute = options.dtype.unwrap_or(checkpoint.dtype);
         let (ops, records) = open_device(options, compute)?;
-        // A checkpoint of another dtype than asked for is converted, except to f32: widening while computing is exact and free.
-        let convert = options.dtype.filter(|&dtype| dtype != DType::F32);
+        // A checkpoint of another dtype than asked for is converted, except to f32 on a device that takes any: widening while computing is
+        // exact and free.
+        let convert = ops.weight_dtype().or(options.dtype.filter(|&dtype| dtype != DType::F32));
         let model = Llava::load(&*ops, &checkpoint.config, &checkpoint.weights, convert)?;
         let mut eos_token_ids = checkpoint.config.eos_token_ids.clone();
         eos_token_ids.extend(tokenizer.eos().filter(|id| !checkpoint.config.eos_token_ids.contains(id)));

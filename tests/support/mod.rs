@@ -1,6 +1,8 @@
 //! What integration tests share.
 #![allow(dead_code)] // each test crate uses its own part
 
+pub mod devices;
+
 use std::path::{Path, PathBuf};
 
 use llava_engine::image::{ImageSource, Limits, RgbImage};

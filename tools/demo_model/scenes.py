@@ -511,7 +511,10 @@ QUESTIONS = {
     "follow_up": (q_follow_up, 7),
 }
 _TYPES = list(QUESTIONS)
-_WEIGHTS = [weight for _, weight in QUESTIONS.values()]
+WEIGHTS = [weight for _, weight in QUESTIONS.values()]
+# What training asks: the kinds that are learnt last come more often. Evaluation keeps to WEIGHTS.
+_OFTEN = {"relation": 24, "count_of": 16, "position": 11, "exists": 12, "follow_up": 9, "colour": 8, "shape": 8, "list": 7, "count": 4}
+TRAINING_WEIGHTS = [_OFTEN.get(kind, weight) for kind, weight in zip(_TYPES, WEIGHTS)]
 
 
 def spoken_of(scene, answer, it):
@@ -523,12 +526,15 @@ def spoken_of(scene, answer, it):
     return [o for o in scene.objects if (o.colour, o.shape) in pairs]
 
 
-def conversation(scene, seed, turns, with_objects=False):
-    """[(type, question, answer)], no question asked twice; `with_objects` adds what each answer speaks of."""
+def conversation(scene, seed, turns, with_objects=False, weights=WEIGHTS):
+    """[(type, question, answer)], no question asked twice; `with_objects` adds what each answer speaks of.
+
+    `weights`: how often each kind of question is asked, in the order of QUESTIONS.
+    """
     rng = random.Random(seed)
     out, asked, it = [], set(), None
     while len(out) < turns:
-        kind = rng.choices(_TYPES, _WEIGHTS)[0]
+        kind = rng.choices(_TYPES, weights)[0]
         function = QUESTIONS[kind][0]
         try:
             question, answer, referent = function(scene, rng, it) if kind == "follow_up" else function(scene, rng)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from make_data import EVAL_SEED, model_input
 from model import ANSWER_HEADS, AUX, N_PATCHES, TURN_HEADS, WORD_HEADS, AuxHead, Look, align_loss, answer_logits, build_model, hidden_states, vision_features
-from scenes import BACKGROUNDS, COLOUR_NAMES, NUMBER, SHAPES, SIZE_NAMES, conversation, plural, render, sample_scene
+from scenes import BACKGROUNDS, COLOUR_NAMES, NUMBER, SHAPES, SIZE_NAMES, TRAINING_WEIGHTS, conversation, plural, render, sample_scene
 from tokenizer import SYSTEM, build as build_tokenizer
 
 EOS = 2
@@ -123,7 +123,7 @@ def batch_of(encoder, items, turns):
         space = not system and rng.random() < SPACE_SHARE
         pixels.append(torch.from_numpy(model_input(render(scene), pad).copy()))
         labels.append(patch_labels(scene, pad))
-        talk = conversation(scene, item, turns, with_objects=True)
+        talk = conversation(scene, item, turns, with_objects=True, weights=TRAINING_WEIGHTS)
         rows.append(encoder(talk, system, space))
         answer_looks += answer_targets(encoder, len(rows) - 1, rows[-1], talk, scene, labels[-1])
         word_looks += word_targets(encoder, len(rows) - 1, rows[-1][0], labels[-1])

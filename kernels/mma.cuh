@@ -1,0 +1,92 @@
+// Tensor cores: one wrapper for each instruction, on 16-bit floats with f32 sums (sm_80 and later).
+//
+// Fragments of m16n8k16, for lane = 4·group + pair (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"); each register
+// holds two neighbours, the lower column (A) or row (B) in its low half:
+//   A [16 rows, 16 k]: a[0] = (group, 2·pair), a[1] = (group + 8, 2·pair), a[2] = (group, 2·pair + 8), a[3] = (group + 8, 2·pair + 8)
+//   B [16 k, 8 columns]: b[0] = (2·pair, group), b[1] = (2·pair + 8, group)
+//   C, D [16 rows, 8 columns], f32: c[0], c[1] = (group, 2·pair), (group, 2·pair + 1); c[2], c[3] = the same in row group + 8
+#pragma once
+
+#include "common.cuh"
+
+namespace {
+
+// d += A·B
+template <typename T> __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+// Loads four 8 x 8 matrices of 16 bits from shared memory: lane i gives the address of row i % 8 of matrix i / 8, 16-byte aligned.
+// r[j] holds row lane / 4, columns 2·(lane % 4) and the next, of matrix j: of a row-major tile that is an A fragment, of a tile whose rows
+// are columns of B (W as [n, k]) a B fragment.
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row);
+
+// The same with each matrix transposed: a B fragment of a tile stored as [k, n], such as V.
+__device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
+
+// Two f32 as two 16-bit floats in one register, `low` in the low half: how results become operands.
+template <typename T> __device__ inline uint32_t pack2(float low, float high);
+
+#ifdef LLAVA_SIM
+
+template <typename T> inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    struct {
+        uint32_t a[4], b[2];
+        float c[4];
+    } in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
+    sim::collective(sim::Collective::Mma, ALL_LANES, &in, d, std::is_same<T, f16>::value, SIM_SITE);
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+    sim::collective(sim::Collective::LdMatrix, ALL_LANES, &row, r, 4, SIM_SITE);
+}
+
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+    sim::collective(sim::Collective::LdMatrixTrans, ALL_LANES, &row, r, 4, SIM_SITE);
+}
+
+template <typename T> inline uint32_t pack2(float low, float high) {
+    return uint32_t(from_f32<T>(low).bits) | uint32_t(from_f32<T>(high).bits) << 16;
+}
+
+#else
+
+template <> __device__ inline void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <> __device__ inline void mma_m16n8k16<f16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+template <> __device__ inline uint32_t pack2<bf16>(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <> __device__ inline uint32_t pack2<f16>(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+#endif
+
+}  // namespace

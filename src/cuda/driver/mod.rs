@@ -1,0 +1,141 @@
+//! [`Driver`]: memory and launches, and nothing else. Everything above it is one code for a real GPU and for the simulator.
+
+#[cfg(llava_sim)]
+mod simulator;
+
+#[cfg(llava_sim)]
+pub use simulator::Simulator;
+
+use std::ffi::c_void;
+
+use crate::error::Result;
+
+/// An address in a device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DevicePtr(pub u64);
+
+impl DevicePtr {
+    /// `bytes` further on.
+    pub fn add(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+}
+
+/// A kernel of this driver, by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Function(pub usize);
+
+/// How many blocks, of how many threads, with how much shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Blocks in x, y and z.
+    pub blocks: [usize; 3],
+    /// Threads of a block.
+    pub threads: usize,
+    /// Bytes of shared memory of a block.
+    pub shared_bytes: usize,
+}
+
+/// One argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub enum Arg {
+    /// `T*`
+    Ptr(DevicePtr),
+    /// `int`
+    Int(i32),
+    /// `float`
+    Float(f32),
+}
+
+impl Arg {
+    /// The letter that the kernel's signature has for it.
+    fn kind(self) -> char {
+        match self {
+            Self::Ptr(_) => 'p',
+            Self::Int(_) => 'i',
+            Self::Float(_) => 'f',
+        }
+    }
+
+    /// Its bytes, from the low end of a word on.
+    fn word(self) -> u64 {
+        match self {
+            Self::Ptr(p) => p.0,
+            Self::Int(i) => u64::from(i as u32),
+            Self::Float(f) => u64::from(f.to_bits()),
+        }
+    }
+}
+
+/// Arguments laid out as `cuLaunchKernel` takes them: an array of their addresses.
+struct PackedArgs {
+    words: Vec<u64>,
+    addresses: Vec<*mut c_void>,
+}
+
+impl PackedArgs {
+    fn new(args: &[Arg]) -> Self {
+        // Little-endian, as every host of an NVIDIA GPU is: an int begins where its word does.
+        let mut words: Vec<u64> = args.iter().map(|a| a.word()).collect();
+        let addresses = words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
+        Self { words, addresses }
+    }
+
+    /// The array; it lives as long as `self`.
+    fn as_mut_ptr(&mut self) -> *mut *mut c_void {
+        debug_assert_eq!(self.words.len(), self.addresses.len());
+        self.addresses.as_mut_ptr()
+    }
+}
+
+/// A GPU, or the simulator. Work is done in the order of the calls.
+pub trait Driver: Send + Sync {
+    /// What it is, for `info` and reports.
+    fn name(&self) -> String;
+
+    /// Streaming multiprocessors: how many blocks it takes to fill the device.
+    fn n_multiprocessors(&self) -> usize;
+
+    /// The kernel of this name.
+    ///
+    /// # Errors
+    /// If this build has none.
+    fn function(&self, name: &str) -> Result<Function>;
+
+    /// `bytes` of memory, 256-byte aligned, with anything in them.
+    fn alloc(&self, bytes: usize) -> Result<DevicePtr>;
+
+    /// Gives memory back.
+    ///
+    /// # Safety
+    /// It came from `alloc`, and nothing that was launched or copied later than this call uses it.
+    unsafe fn free(&self, ptr: DevicePtr);
+
+    /// Copies from the host. `src` may be changed as soon as this returns.
+    ///
+    /// # Safety
+    /// `dst` has room for it.
+    unsafe fn upload(&self, dst: DevicePtr, src: &[u8]) -> Result<()>;
+
+    /// Copies to the host, when all that was launched before is done.
+    ///
+    /// # Safety
+    /// `src` has as many bytes.
+    unsafe fn download(&self, dst: &mut [u8], src: DevicePtr) -> Result<()>;
+
+    /// Fills with zero bytes.
+    ///
+    /// # Safety
+    /// `dst` has as many bytes.
+    unsafe fn clear(&self, dst: DevicePtr, bytes: usize) -> Result<()>;
+
+    /// Launches a kernel.
+    ///
+    /// # Errors
+    /// If the launch is refused. What goes wrong within the kernel, a GPU reports with a later call.
+    ///
+    /// # Safety
+    /// `args` are what the kernel's contract asks for: right in number and type, pointers to memory of the sizes that the other arguments
+    /// imply, which no other work in flight uses in conflict.
+    unsafe fn launch(&self, function: Function, grid: Grid, args: &[Arg]) -> Result<()>;
+}

@@ -1,0 +1,285 @@
+//! [`Simulator`]: runs the very kernels of `kernels/*.cu` on the host, thread by thread, and checks what they do (`kernels/sim/`).
+//!
+//! The blocks of a grid are shared out among the threads of a pool. Within a block each CUDA thread is a coroutine, which gives its turn
+//! away at barriers and warp collectives.
+
+use std::cell::{Cell, RefCell};
+use std::ffi::{CStr, c_char, c_long, c_void};
+use std::sync::Mutex;
+
+use corosensei::stack::{DefaultStack, Stack};
+use corosensei::{Coroutine, CoroutineResult, Yielder};
+
+use super::{Arg, DevicePtr, Driver, Function, Grid, PackedArgs};
+use crate::cpu::pool::Pool;
+use crate::error::{Error, Result};
+
+/// Stack of a CUDA thread: what a kernel would keep in registers, many times over.
+const STACK_BYTES: usize = 64 << 10;
+/// The most threads of a block, on any GPU.
+const MAX_THREADS: usize = 1024;
+/// As the GPU that the kernels are tuned for (H100 and H200), so that they are cut up as they would be there.
+const MULTIPROCESSORS: usize = 132;
+
+/// `dim3`
+#[repr(C)]
+struct Dim3 {
+    x: u32,
+    y: u32,
+    z: u32,
+}
+
+/// State of a block, in C++.
+#[repr(C)]
+struct BlockState {
+    _opaque: [u8; 0],
+}
+
+// kernels/sim/sim.cpp
+unsafe extern "C" {
+    fn llava_sim_init(suspend: extern "C" fn());
+    fn llava_sim_n_kernels() -> usize;
+    fn llava_sim_kernel_name(i: usize) -> *const c_char;
+    fn llava_sim_kernel_signature(i: usize) -> *const c_char;
+    fn llava_sim_invoke(i: usize, arguments: *mut *mut c_void);
+    fn llava_sim_alloc(bytes: usize) -> *mut c_void;
+    fn llava_sim_free(pointer: *mut c_void);
+    fn llava_sim_block_new() -> *mut BlockState;
+    fn llava_sim_block_free(block: *mut BlockState);
+    fn llava_sim_max_shared() -> usize;
+    fn llava_sim_begin(
+        block: *mut BlockState,
+        kernel: *const c_char,
+        grid: *const Dim3,
+        size: *const Dim3,
+        index: *const Dim3,
+        shared_bytes: usize,
+    );
+    fn llava_sim_next(block: *mut BlockState) -> c_long;
+    fn llava_sim_enter(block: *mut BlockState, number: u32, stack_low: usize, stack_high: usize);
+    fn llava_sim_exit(block: *mut BlockState);
+    fn llava_sim_error(block: *mut BlockState) -> *const c_char;
+}
+
+thread_local! {
+    /// The yielder of the coroutine that runs on this thread.
+    static YIELDER: Cell<*const Yielder<(), ()>> = const { Cell::new(std::ptr::null()) };
+    /// What this thread keeps from block to block.
+    static WORKSPACE: RefCell<Workspace> = RefCell::new(Workspace::new());
+}
+
+/// Ends the turn of the CUDA thread that runs.
+extern "C" fn suspend() {
+    let yielder = YIELDER.get();
+    // SAFETY: kernels run inside coroutines only, and whoever resumes one has set its yielder, which lives until the coroutine ends.
+    unsafe { (*yielder).suspend(()) };
+}
+
+/// A block's state and the stacks of its threads.
+struct Workspace {
+    block: *mut BlockState,
+    stacks: Vec<DefaultStack>,
+}
+
+impl Workspace {
+    fn new() -> Self {
+        // SAFETY: no precondition.
+        Self { block: unsafe { llava_sim_block_new() }, stacks: Vec::new() }
+    }
+
+    fn stack(&mut self) -> DefaultStack {
+        self.stacks.pop().unwrap_or_else(|| DefaultStack::new(STACK_BYTES).expect("the system refuses memory for a stack"))
+    }
+}
+
+impl Drop for Workspace {
+    fn drop(&mut self) {
+        // SAFETY: it came from `llava_sim_block_new` and nobody else has it.
+        unsafe { llava_sim_block_free(self.block) }
+    }
+}
+
+/// A CUDA thread under way.
+struct SimThread {
+    coroutine: Coroutine<(), (), (), DefaultStack>,
+    yielder: *const Yielder<(), ()>,
+    stack: (usize, usize),
+}
+
+/// A kernel, and the letters of its arguments.
+struct KernelInfo {
+    name: &'static CStr,
+    signature: &'static str,
+}
+
+/// The host as a GPU.
+pub struct Simulator {
+    pool: Pool,
+    kernels: Vec<KernelInfo>,
+}
+
+impl Simulator {
+    /// A simulator that runs blocks on `n_threads` threads (0: as many as the machine runs at once).
+    pub fn new(n_threads: usize) -> Self {
+        let n_threads = if n_threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { n_threads };
+        // SAFETY: kernels are registered before main begins, and what the registry holds are literals.
+        let kernels = unsafe {
+            llava_sim_init(suspend);
+            let text = |p| CStr::from_ptr(p);
+            let info = |i| KernelInfo {
+                name: text(llava_sim_kernel_name(i)),
+                signature: text(llava_sim_kernel_signature(i)).to_str().expect("signatures are ASCII"),
+            };
+            (0..llava_sim_n_kernels()).map(info).collect()
+        };
+        Self { pool: Pool::new(n_threads), kernels }
+    }
+
+    /// Names of all kernels of this build.
+    pub fn kernel_names(&self) -> impl Iterator<Item = &str> {
+        self.kernels.iter().map(|k| k.name.to_str().expect("kernel names are ASCII"))
+    }
+
+    fn refuse(&self, function: Function, problem: impl std::fmt::Display) -> Error {
+        Error::device(self.kernels[function.0].name.to_string_lossy(), problem)
+    }
+}
+
+impl Driver for Simulator {
+    fn name(&self) -> String {
+        format!("kernel simulator ({} threads)", self.pool.n_threads())
+    }
+
+    fn n_multiprocessors(&self) -> usize {
+        MULTIPROCESSORS
+    }
+
+    fn function(&self, name: &str) -> Result<Function> {
+        let found = self.kernels.iter().position(|k| k.name.to_bytes() == name.as_bytes());
+        found.map(Function).ok_or_else(|| Error::device(name, "this build has no such kernel"))
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<DevicePtr> {
+        // SAFETY: no precondition.
+        let pointer = unsafe { llava_sim_alloc(bytes) };
+        if pointer.is_null() {
+            return Err(Error::device("alloc", format!("no memory for {bytes} bytes")));
+        }
+        Ok(DevicePtr(pointer as u64))
+    }
+
+    unsafe fn free(&self, ptr: DevicePtr) {
+        // SAFETY: the caller's; launches are done when they return.
+        unsafe { llava_sim_free(ptr.0 as *mut c_void) }
+    }
+
+    unsafe fn upload(&self, dst: DevicePtr, src: &[u8]) -> Result<()> {
+        // SAFETY: the caller's; device memory is the host's.
+        unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst.0 as *mut u8, src.len()) };
+        Ok(())
+    }
+
+    unsafe fn download(&self, dst: &mut [u8], src: DevicePtr) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { std::ptr::copy_nonoverlapping(src.0 as *const u8, dst.as_mut_ptr(), dst.len()) };
+        Ok(())
+    }
+
+    unsafe fn clear(&self, dst: DevicePtr, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { std::ptr::write_bytes(dst.0 as *mut u8, 0, bytes) };
+        Ok(())
+    }
+
+    unsafe fn launch(&self, function: Function, grid: Grid, args: &[Arg]) -> Result<()> {
+        let kernel = &self.kernels[function.0];
+        let signature: String = args.iter().map(|a| a.kind()).collect();
+        if signature != kernel.signature {
+            return Err(self.refuse(function, format!("is launched with arguments ({signature}), it has ({})", kernel.signature)));
+        }
+        // SAFETY: no precondition.
+        let max_shared = unsafe { llava_sim_max_shared() };
+        if grid.blocks.contains(&0) || grid.blocks[1].max(grid.blocks[2]) > 65535 || grid.threads == 0 || grid.threads > MAX_THREADS
+        {
+            return Err(self.refuse(function, format!("cannot be launched as {grid:?}")));
+        }
+        if grid.shared_bytes > max_shared {
+            return Err(
+                self.refuse(function, format!("asks for {} bytes of shared memory, {max_shared} are there", grid.shared_bytes))
+            );
+        }
+        let first_error = Mutex::new(None);
+        let n_blocks = grid.blocks.iter().product();
+        self.pool.run(n_blocks, &|i| {
+            if first_error.lock().is_ok_and(|e| e.is_some()) {
+                return;
+            }
+            let index = [i % grid.blocks[0], i / grid.blocks[0] % grid.blocks[1], i / grid.blocks[0] / grid.blocks[1]];
+            if let Err(problem) = WORKSPACE.with_borrow_mut(|w| run_block(w, function.0, kernel.name, grid, index, args)) {
+                *first_error.lock().expect("nobody panics with it") = Some(problem);
+            }
+        });
+        match first_error.into_inner().expect("nobody panics with it") {
+            None => Ok(()),
+            Some(problem) => Err(self.refuse(function, problem)),
+        }
+    }
+}
+
+/// Runs one block to its end; an error is what the simulator found wrong.
+fn run_block(
+    workspace: &mut Workspace,
+    kernel: usize,
+    name: &CStr,
+    grid: Grid,
+    index: [usize; 3],
+    args: &[Arg],
+) -> std::result::Result<(), String> {
+    let dim3 = |d: [usize; 3]| Dim3 { x: d[0] as u32, y: d[1] as u32, z: d[2] as u32 };
+    let (size, block) = (dim3([grid.threads, 1, 1]), workspace.block);
+    let mut packed = PackedArgs::new(args);
+    let arguments = packed.as_mut_ptr();
+    let mut threads: Vec<Option<SimThread>> = (0..grid.threads).map(|_| None).collect();
+    // SAFETY: `block` is this OS thread's own; pointers live through the call; the sizes were checked.
+    unsafe { llava_sim_begin(block, name.as_ptr(), &dim3(grid.blocks), &size, &dim3(index), grid.shared_bytes) };
+    let outcome = loop {
+        // SAFETY: the block has begun.
+        let next = unsafe { llava_sim_next(block) };
+        let Ok(number) = usize::try_from(next) else {
+            break next;
+        };
+        let thread = threads[number].get_or_insert_with(|| {
+            let stack = workspace.stack();
+            let bounds = (stack.limit().get(), stack.base().get());
+            let coroutine = Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
+                YIELDER.set(yielder);
+                // SAFETY: the caller of `launch` vouches for the arguments, their number and types were compared with the signature.
+                unsafe { llava_sim_invoke(kernel, arguments) };
+            });
+            SimThread { coroutine, yielder: std::ptr::null(), stack: bounds }
+        });
+        // SAFETY: `number` came from the block.
+        unsafe { llava_sim_enter(block, number as u32, thread.stack.0, thread.stack.1) };
+        YIELDER.set(thread.yielder);
+        match thread.coroutine.resume(()) {
+            CoroutineResult::Yield(()) => thread.yielder = YIELDER.get(),
+            CoroutineResult::Return(()) => {
+                // SAFETY: the thread that was entered has returned.
+                unsafe { llava_sim_exit(block) };
+                let done = threads[number].take().expect("it has just run");
+                workspace.stacks.push(done.coroutine.into_stack());
+            }
+        }
+    };
+    // What an error left unfinished: kernels own nothing that must be dropped.
+    for mut thread in threads.into_iter().flatten() {
+        // SAFETY: frames of kernels hold plain values only.
+        unsafe { thread.coroutine.force_reset() };
+        workspace.stacks.push(thread.coroutine.into_stack());
+    }
+    if outcome == -1 {
+        return Ok(());
+    }
+    // SAFETY: the text lives until the block begins again.
+    Err(unsafe { CStr::from_ptr(llava_sim_error(block)) }.to_string_lossy().into_owned())
+}

@@ -1,0 +1,56 @@
+//! Which kernels there are, and what every launch goes through.
+
+use super::Cuda;
+use super::driver::{Arg, DevicePtr, Driver, Function, Grid};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+macro_rules! kernels {
+    ($($variant:ident $name:literal)*) => {
+        /// A kernel that exists for each dtype of activations, as `name_dtype`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(super) enum Kernel { $($variant),* }
+
+        impl Kernel {
+            /// All, in the order of their numbers, with their names.
+            const ALL: &[(Self, &str)] = &[$((Self::$variant, $name)),*];
+        }
+    };
+}
+
+kernels! {
+    RmsNorm "rms_norm_fwd"
+    LayerNorm "layer_norm_fwd"
+}
+
+/// The kernels of one dtype, found once.
+pub(super) struct Functions(Vec<Function>);
+
+impl Functions {
+    /// Looks all of them up.
+    pub fn resolve(driver: &dyn Driver, dtype: DType) -> Result<Self> {
+        Kernel::ALL.iter().map(|(_, name)| driver.function(&format!("{name}_{dtype}"))).collect::<Result<_>>().map(Self)
+    }
+}
+
+/// The address of a tensor of this device.
+pub(super) fn address(op: &'static str, what: &str, tensor: &Tensor) -> Result<DevicePtr> {
+    tensor.device_address().map(DevicePtr).ok_or_else(|| Error::shape(op, what, "a tensor on the device", "one of the host"))
+}
+
+/// A size as a kernel takes it.
+pub(super) fn int(op: &'static str, what: &str, n: usize) -> Result<Arg> {
+    i32::try_from(n).map(Arg::Int).map_err(|_| Error::shape(op, what, "below 2^31", n))
+}
+
+impl Cuda {
+    /// Launches the kernel of this device's dtype.
+    ///
+    /// # Safety
+    /// That of [`Driver::launch`].
+    pub(super) unsafe fn launch(&self, kernel: Kernel, grid: Grid, args: &[Arg]) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.driver.launch(self.functions.0[kernel as usize], grid, args) }
+    }
+}

@@ -1,0 +1,68 @@
+//! The CUDA backend: kernels of `kernels/*.cu`, driven on an NVIDIA GPU or by the kernel simulator.
+//!
+//! Activations have one dtype, f32, f16 or bf16, and matrices the same; norm weights, biases and sums are f32.
+//! The modules beside this one hold one family of ops each: they check operands, choose the grid, and launch. Nobody else launches.
+
+mod attention;
+mod dense;
+pub mod driver;
+mod launch;
+mod memory;
+mod norm;
+mod ops;
+mod rows;
+mod staging;
+
+use std::sync::Arc;
+
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::tensor::DeviceMemory;
+use driver::{DevicePtr, Driver};
+use launch::Functions;
+use staging::Staging;
+
+/// A device that runs CUDA kernels.
+pub struct Cuda {
+    driver: Arc<dyn Driver>,
+    functions: Functions,
+    dtype: DType,
+    ints: Staging,
+    spans: Staging,
+}
+
+impl Cuda {
+    /// The simulator on `n_threads` threads (0: as many as the machine runs at once), with activations of `dtype`.
+    #[cfg(llava_sim)]
+    pub fn simulated(n_threads: usize, dtype: DType) -> Result<Self> {
+        Self::on(Arc::new(driver::Simulator::new(n_threads)), dtype)
+    }
+
+    /// A device behind a driver.
+    fn on(driver: Arc<dyn Driver>, dtype: DType) -> Result<Self> {
+        let functions = Functions::resolve(&*driver, dtype)?;
+        Ok(Self { driver, functions, dtype, ints: Staging::default(), spans: Staging::default() })
+    }
+}
+
+/// Memory of a driver.
+struct Allocation {
+    driver: Arc<dyn Driver>,
+    ptr: DevicePtr,
+}
+
+impl DeviceMemory for Allocation {
+    fn address(&self) -> u64 {
+        self.ptr.0
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        // SAFETY: it came from this driver; whoever could launch on it borrowed the tensor that is gone.
+        unsafe { self.driver.free(self.ptr) }
+    }
+}
+
+#[cfg(all(test, llava_sim))]
+mod tests;

@@ -1,0 +1,141 @@
+//! What every device refuses: operands whose shapes do not fit together. Dtypes are a device's own matter.
+
+use super::{Heads, KvLayer, KvSource, RopeTable, RowCopy, Span, Weight};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// Refuses a tensor whose dtype the op has no code for.
+pub fn dtype(op: &'static str, what: &str, tensor: &Tensor, dtype: DType) -> Result<()> {
+    if tensor.dtype() == dtype { Ok(()) } else { Err(Error::shape(op, format!("dtype of {what}"), dtype, tensor.dtype())) }
+}
+
+/// Operands of [`Ops::linear`](super::Ops::linear).
+pub fn linear(y: &Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>) -> Result<()> {
+    let [tokens, k] = x.dims2("linear", "x")?;
+    let [y_rows, y_stride] = y.dims2("linear", "y")?;
+    if k != w.k() {
+        return Err(Error::shape("linear", "width of x", w.k(), k));
+    }
+    if y_rows != tokens || y_stride < w.first_col + w.n() {
+        return Err(Error::shape("linear", "y", (tokens, w.first_col + w.n()), (y_rows, y_stride)));
+    }
+    bias.map_or(Ok(()), |bias| bias.expect("linear", "bias", &[w.n()]))
+}
+
+/// Operands of a norm over rows: `weights` are `[hidden]` each.
+pub fn norm(op: &'static str, y: &Tensor, x: &Tensor, weights: &[(&str, &Tensor)]) -> Result<()> {
+    let [_, hidden] = x.dims2(op, "x")?;
+    y.expect(op, "y", x.shape())?;
+    weights.iter().try_for_each(|(what, w)| w.expect(op, what, &[hidden]))
+}
+
+/// Operands of [`Ops::silu_mul`](super::Ops::silu_mul).
+pub fn silu_mul(y: &Tensor, gate_up: &Tensor) -> Result<()> {
+    let [tokens, n] = y.dims2("silu_mul", "y")?;
+    gate_up.expect("silu_mul", "gate_up", &[tokens, 2 * n])
+}
+
+/// Operands of [`Ops::embed`](super::Ops::embed).
+pub fn embed(y: &Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
+    let [vocab, hidden] = table.dims2("embed", "table")?;
+    y.expect("embed", "y", &[ids.len(), hidden])?;
+    match ids.iter().find(|&&id| id as usize >= vocab) {
+        Some(&id) => Err(Error::shape("embed", "token id", format!("below {vocab}"), id)),
+        None => Ok(()),
+    }
+}
+
+/// Operands of [`Ops::patchify`](super::Ops::patchify); `[images, height, width]` of the pixels.
+pub fn patchify(y: &Tensor, pixels: &Tensor, patch_size: usize) -> Result<[usize; 3]> {
+    let &[images, 3, height, width] = pixels.shape() else {
+        return Err(Error::shape("patchify", "pixels", "[images, 3, h, w]", pixels.shape()));
+    };
+    if patch_size == 0 || height % patch_size != 0 || width % patch_size != 0 {
+        return Err(Error::shape("patchify", "pixels", format!("a multiple of {patch_size}"), pixels.shape()));
+    }
+    let n_patches = (height / patch_size) * (width / patch_size);
+    y.expect("patchify", "y", &[images * n_patches, 3 * patch_size * patch_size])?;
+    Ok([images, height, width])
+}
+
+/// Operands of [`Ops::clip_embed`](super::Ops::clip_embed).
+pub fn clip_embed(y: &Tensor, patches: &Tensor, class: &Tensor, positions: &Tensor) -> Result<()> {
+    let [n_positions, hidden] = positions.dims2("clip_embed", "positions")?;
+    class.expect("clip_embed", "class", &[hidden])?;
+    let [rows, width] = patches.dims2("clip_embed", "patches")?;
+    if n_positions < 2 || rows % (n_positions - 1) != 0 || width != hidden {
+        let expected = format!("[images * {}, {hidden}]", n_positions.max(1) - 1);
+        return Err(Error::shape("clip_embed", "patches", expected, (rows, width)));
+    }
+    y.expect("clip_embed", "y", &[rows / (n_positions - 1) * n_positions, hidden])
+}
+
+/// Operands of [`Ops::rope_append`](super::Ops::rope_append).
+pub fn rope_append(qkv: &Tensor, kv: &KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) -> Result<()> {
+    let [tokens, width] = qkv.dims2("rope_append", "qkv")?;
+    if width != heads.qkv_width() {
+        return Err(Error::shape("rope_append", "width of qkv", heads.qkv_width(), width));
+    }
+    cache("rope_append", kv, heads)?;
+    self::spans("rope_append", spans, tokens, Some(kv))?;
+    let [positions, half] = rope.cos.dims2("rope_append", "cos")?;
+    rope.sin.expect("rope_append", "sin", &[positions, half])?;
+    let last = spans.iter().map(|s| s.past + s.n_rows).max().unwrap_or(0);
+    if half * 2 != heads.head_dim || positions < last {
+        return Err(Error::shape("rope_append", "cos", (last, heads.head_dim / 2), (positions, half)));
+    }
+    Ok(())
+}
+
+/// Operands of [`Ops::attention`](super::Ops::attention).
+pub fn attention(out: &Tensor, qkv: &Tensor, kv: KvSource<'_>, spans: &[Span<'_>], heads: Heads) -> Result<()> {
+    let [tokens, width] = qkv.dims2("attention", "qkv")?;
+    if width != heads.qkv_width() || heads.n_heads % heads.n_kv_heads != 0 {
+        return Err(Error::shape("attention", "width of qkv", heads, width));
+    }
+    out.expect("attention", "out", &[tokens, heads.q_width()])?;
+    match kv {
+        KvSource::Paged(layer) => {
+            cache("attention", layer, heads)?;
+            self::spans("attention", spans, tokens, Some(layer))
+        }
+        KvSource::Own => self::spans("attention", spans, tokens, None),
+    }
+}
+
+/// Operands of [`Ops::copy_rows`](super::Ops::copy_rows).
+pub fn copy_rows(dst: &Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()> {
+    if dst.row_len() != src.row_len() || dst.dtype() != src.dtype() {
+        return Err(Error::shape("copy_rows", "rows of src", dst, src));
+    }
+    match copies.iter().find(|c| c.dst + c.n_rows > dst.rows() || c.src + c.n_rows > src.rows()) {
+        Some(copy) => Err(Error::shape("copy_rows", "rows", format!("within {} and {}", dst.rows(), src.rows()), copy)),
+        None => Ok(()),
+    }
+}
+
+/// Refuses spans that leave the batch, or whose pages do not hold them.
+fn spans(op: &'static str, spans: &[Span<'_>], tokens: usize, kv: Option<&KvLayer>) -> Result<()> {
+    for span in spans {
+        if span.first_row + span.n_rows > tokens {
+            return Err(Error::shape(op, "rows of a span", format!("within {tokens}"), span));
+        }
+        let Some(kv) = kv else { continue };
+        if span.pages.len() * kv.page_tokens() < span.past + span.n_rows {
+            let expected = format!("at least {} tokens", span.past + span.n_rows);
+            return Err(Error::shape(op, "pages of a span", expected, span.pages.len()));
+        }
+        if let Some(&page) = span.pages.iter().find(|&&p| p as usize >= kv.k.rows()) {
+            return Err(Error::shape(op, "page", format!("below {}", kv.k.rows()), page));
+        }
+    }
+    Ok(())
+}
+
+fn cache(op: &'static str, kv: &KvLayer, heads: Heads) -> Result<()> {
+    let expected = [kv.k.rows(), heads.n_kv_heads, kv.k.shape().get(2).copied().unwrap_or(0), heads.head_dim];
+    kv.k.expect(op, "key cache", &expected)?;
+    kv.v.expect(op, "value cache", &expected)?;
+    dtype(op, "value cache", &kv.v, kv.k.dtype())
+}
