@@ -10,7 +10,7 @@
 //! The build never asks what GPU the machine has, and needs none.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::{env, fs};
 
 fn main() {
@@ -104,8 +104,12 @@ fn build_fatbins(kernels: &[PathBuf]) {
         }
         let running: Vec<_> = batch.iter().map(|file| (file, nvcc_command(&nvcc, &archs, file).spawn())).collect();
         for (file, child) in running {
-            let status = child.and_then(|mut c| c.wait()).unwrap_or_else(|e| panic!("{}: {e}", nvcc.display()));
-            assert!(status.success(), "{} did not compile {}", nvcc.display(), file.display());
+            let output = child.and_then(|c| c.wait_with_output()).unwrap_or_else(|e| panic!("{}: {e}", nvcc.display()));
+            let said = [output.stdout, output.stderr].concat();
+            let said = String::from_utf8_lossy(&said);
+            assert!(output.status.success(), "{} did not compile {}:\n{said}", nvcc.display(), file.display());
+            // Registers, stack and shared memory of each kernel: tests/kernels.rs reads them.
+            fs::write(out_dir().join(format!("{}.ptxas", stem(file))), &*said).expect("OUT_DIR is writable");
         }
     }
     let rows: String = kernels
@@ -114,13 +118,16 @@ fn build_fatbins(kernels: &[PathBuf]) {
         .collect();
     fs::write(table, format!("static FATBINS: &[(&str, &[u8])] = &[\n{rows}];\n")).expect("OUT_DIR is writable");
     println!("cargo:rustc-env=LLAVA_CUDA_ARCHS={archs}");
-    println!("cargo:rustc-env=LLAVA_FATBIN_DIR={}", out_dir().display());
+    println!("cargo:rustc-env=LLAVA_PTXAS_DIR={}", out_dir().display());
     println!("cargo:rustc-cfg=llava_cuda");
 }
 
 fn nvcc_command(nvcc: &Path, archs: &str, file: &Path) -> Command {
     let mut command = Command::new(nvcc);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command.args([
+        "-Xptxas",
+        "-v",
         "-std=c++17",
         "-O3",
         "-Werror",

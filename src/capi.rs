@@ -118,6 +118,7 @@ fn parse<T: for<'a> Deserialize<'a> + Default>(json: Option<&str>, what: &str) -
 struct OpenRequest {
     device: Option<String>,
     dtype: Option<String>,
+    check_ops: bool,
     threads: usize,
     model_base: Option<PathBuf>,
     preprocess: Option<String>,
@@ -142,6 +143,7 @@ impl OpenRequest {
             template: self.template,
             context_tokens: self.context_tokens,
             profile_ops: false,
+            check_ops: self.check_ops,
         })
     }
 }

@@ -11,7 +11,7 @@
 //! | [`ops`] | [`ops::Ops`], what a device does, each op with its equation |
 //! | [`cpu`] | the CPU device |
 //! | [`cuda`] | the CUDA device, on a GPU or in the kernel simulator |
-//! | [`profile`] | a device whose ops are timed |
+//! | [`profile`], [`checked`] | a device whose ops are timed, or compared with another's |
 //! | [`image`] | from a file to pixels, as Pillow does it |
 //! | [`text`] | tokenizers, templates, streaming |
 //! | [`weights`] | checkpoint files, mapped |
@@ -19,6 +19,7 @@
 //! | [`capi`] | the C interface |
 
 pub mod capi;
+pub mod checked;
 pub mod cpu;
 pub mod cuda;
 pub mod device;

@@ -130,8 +130,8 @@ fn flags_that_make_no_sense_are_named() {
     let image = image.as_str();
     let table: &[(&[&str], &[&str])] = &[
         (&["--prompt", "a", "--template", "nope"], &["`nope`", "llava_v1"]),
-        (&["--prompt", "a", "--device", "tpu"], &["`tpu`", "use auto or cpu"]),
-        (&["--prompt", "a", "--device", "cuda"], &["this build has no `cuda` device", "use auto or cpu"]),
+        (&["--prompt", "a", "--device", "tpu"], &["`tpu`", "use auto, cpu, cuda"]),
+        (&["--prompt", "a", "--device", "cuda:x"], &["`cuda:x`", "cuda:N"]),
         (&["--prompt", "a", "--dtype", "f8"], &["`f8`", "f32, f16 or bf16"]),
         (&["--prompt", "a", "--preprocess", "mine"], &["`mine`", "original or hf"]),
         (&["--prompt", "a", "--temperature", "-1"], &["temperature -1", "0 or more"]),

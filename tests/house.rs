@@ -8,7 +8,7 @@ const MAX_LINES: usize = 600;
 const LONG_FILES: [(&str, &str); 0] = [];
 
 /// What each module of the library may import from the crate; imports go down only.
-const LAYERS: [(&str, &[&str]); 18] = [
+const LAYERS: [(&str, &[&str]); 19] = [
     ("error", &[]),
     ("dtype", &["error"]),
     ("tensor", &["error", "dtype"]),
@@ -17,6 +17,7 @@ const LAYERS: [(&str, &[&str]); 18] = [
     ("cpu", &["error", "dtype", "tensor", "ops"]),
     // The simulator shares blocks out among the CPU's threads.
     ("cuda", &["error", "dtype", "tensor", "ops", "cpu"]),
+    ("checked", &["error", "dtype", "tensor", "ops"]),
     ("profile", &["error", "dtype", "tensor", "ops"]),
     ("nn", &["error", "dtype", "tensor", "ops"]),
     ("image", &["error", "dtype", "tensor"]),
@@ -25,7 +26,13 @@ const LAYERS: [(&str, &[&str]); 18] = [
     ("model", &["error", "dtype", "tensor", "ops", "nn", "image", "weights"]),
     // Tests of the cache need a device.
     ("infer", &["error", "dtype", "tensor", "ops", "model", "cpu"]),
-    ("engine", &["error", "dtype", "tensor", "ops", "model", "infer", "cpu", "device", "profile", "image", "text", "weights"]),
+    (
+        "engine",
+        &[
+            "error", "dtype", "tensor", "ops", "model", "infer", "cpu", "cuda", "device", "profile", "checked", "image", "text",
+            "weights",
+        ],
+    ),
     ("capi", &["error", "dtype", "device", "engine", "image", "infer", "text", "model"]),
     ("lib", &[]),
     ("main", &[]),

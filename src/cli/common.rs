@@ -22,7 +22,7 @@ pub struct ModelArgs {
     /// Language model that an mm_projector.bin belongs to
     #[arg(long, env = "LLAVA_MODEL_BASE", value_name = "PATH")]
     pub model_base: Option<PathBuf>,
-    /// Where it runs: auto or cpu
+    /// Where it runs: auto, cpu, cuda, cuda:N, or sim (the CUDA kernels simulated; slow)
     #[arg(long, env = "LLAVA_DEVICE", default_value = "auto")]
     pub device: String,
     /// What it computes in: auto (as stored), f32, bf16 or f16
@@ -40,6 +40,9 @@ pub struct ModelArgs {
     /// Prints what each op cost, to standard error
     #[arg(long)]
     pub profile: bool,
+    /// Does every op again on the CPU in f32 and stops at the first that differs; for debugging, slow
+    #[arg(long)]
+    pub check_ops: bool,
 }
 
 impl ModelArgs {
@@ -63,6 +66,7 @@ impl ModelArgs {
             template: template.map(str::to_owned),
             context_tokens: self.context,
             profile_ops: self.profile,
+            check_ops: self.check_ops,
         })
     }
 
@@ -73,7 +77,11 @@ impl ModelArgs {
 
     /// Opens the model.
     pub fn open(&self, options: &EngineOptions) -> Result<Engine> {
-        Engine::open(self.path()?, options)
+        let engine = Engine::open(self.path()?, options)?;
+        if let Some(note) = engine.device_note() {
+            eprintln!("llava-engine: {note}");
+        }
+        Ok(engine)
     }
 
     /// Prints the table of ops, if it was asked for.

@@ -1,6 +1,7 @@
 //! `info`: this binary and this machine.
 
 use llava_engine::cpu::{Cpu, Peaks};
+use llava_engine::cuda::Cuda;
 use llava_engine::dtype::DType;
 use llava_engine::error::Result;
 use llava_engine::ops::Ops;
@@ -28,11 +29,15 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<Outcome> {
     let cpu = Cpu::new(args.threads, DType::Bf16)?;
     let peaks = args.measure.then(|| Peaks::measure(args.threads));
+    let gpu = Cuda::open(0, DType::F16).map(|cuda| cuda.name());
     let hub = cfg!(feature = "hub");
     if args.json {
         common::put_json(&serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "cuda": false,
+            "cuda": Cuda::architectures().is_some(),
+            "cuda_architectures": Cuda::architectures(),
+            "cuda_device": gpu.as_ref().ok(),
+            "simulator": cfg!(llava_sim),
             "hub": hub,
             "device": cpu.name(),
             "threads": cpu.n_threads(),
@@ -43,7 +48,17 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     let mut out = format!("llava-engine {}\n", env!("CARGO_PKG_VERSION"));
     out += &format!("SIMD paths  scalar, avx2, avx512, avx512bf16; this machine runs {}\n", cpu.name());
-    out += "CUDA        not in this build\n";
+    out += &match Cuda::architectures() {
+        None => "CUDA        not in this build, which was made without nvcc\n".to_owned(),
+        Some(archs) => match &gpu {
+            Ok(name) => format!("CUDA        kernels for sm_{}; this machine has {name}\n", archs.replace(',', ", sm_")),
+            Err(why) => format!("CUDA        kernels for sm_{}; {why}\n", archs.replace(',', ", sm_")),
+        },
+    };
+    out += &format!(
+        "simulator   {}\n",
+        if cfg!(llava_sim) { "--device sim runs the CUDA kernels without a GPU" } else { "not in this build" }
+    );
     out += &format!("hub         {}\n", if hub { "models are downloaded when named by id" } else { "not in this build" });
     if let Some(peaks) = peaks {
         out += &format!("memory      {:.1} GB/s read\narithmetic  {:.1} GFLOP/s f32", peaks.read_gbps, peaks.gflops);

@@ -32,6 +32,24 @@ pub struct Cuda {
 }
 
 impl Cuda {
+    /// Whether this machine has an NVIDIA driver: whether a user would expect a GPU to be used.
+    pub fn has_driver() -> bool {
+        driver::Nvidia::has_driver()
+    }
+
+    /// What kernels this build has, by the architectures they were compiled for; none if it was built without nvcc.
+    pub fn architectures() -> Option<&'static str> {
+        if cfg!(llava_cuda) { option_env!("LLAVA_CUDA_ARCHS") } else { None }
+    }
+
+    /// GPU number `ordinal`, with activations of `dtype`.
+    ///
+    /// # Errors
+    /// If this build or this machine has none that can be used; the message says which of the two, and why.
+    pub fn open(ordinal: usize, dtype: DType) -> Result<Self> {
+        Self::on(Arc::new(driver::Nvidia::open(ordinal)?), dtype)
+    }
+
     /// The simulator on `n_threads` threads (0: as many as the machine runs at once), with activations of `dtype`.
     #[cfg(llava_sim)]
     pub fn simulated(n_threads: usize, dtype: DType) -> Result<Self> {

@@ -16,7 +16,9 @@ pub use session::Session;
 use template::Template;
 pub use template::Turn;
 
+use crate::checked::Checked;
 use crate::cpu::Cpu;
+use crate::cuda::Cuda;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -50,6 +52,8 @@ pub struct EngineOptions {
     pub context_tokens: Option<usize>,
     /// Whether every op is timed, for [`Engine::op_records`].
     pub profile_ops: bool,
+    /// Whether every op is done again by the CPU in f32, and the first that differs is an error; for debugging, and slow.
+    pub check_ops: bool,
 }
 
 /// A model on a device, with its tokenizer and templates.
@@ -61,6 +65,7 @@ pub struct Engine {
     template: Template,
     eos_token_ids: Vec<u32>,
     records: Option<Arc<Records>>,
+    note: Option<String>,
     load_ms: f64,
     layout: String,
 }
@@ -98,7 +103,7 @@ impl Engine {
         let tokenizer = Tokenizer::open(&checkpoint.tokenizer_dir)?;
         let template = Template::choose(options.template.as_deref(), &folder, &checkpoint, profile)?;
         let compute = options.dtype.unwrap_or(checkpoint.dtype);
-        let (ops, records) = open_device(options, compute)?;
+        let OpenDevice { ops, records, note } = open_device(options, compute)?;
         // A checkpoint of another dtype than asked for is converted, except to f32 on a device that takes any: widening while computing is
         // exact and free.
         let convert = ops.weight_dtype().or(options.dtype.filter(|&dtype| dtype != DType::F32));
@@ -116,6 +121,7 @@ impl Engine {
             template,
             eos_token_ids,
             records,
+            note,
             load_ms: start.elapsed().as_secs_f64() * 1e3,
             layout: checkpoint.layout.to_string(),
         })
@@ -139,6 +145,11 @@ impl Engine {
     /// What it runs on.
     pub fn device_name(&self) -> String {
         self.runner.ops().name()
+    }
+
+    /// Why [`Device::Auto`] did not take the GPU that the machine seems to have.
+    pub fn device_note(&self) -> Option<&str> {
+        self.note.as_deref()
     }
 
     /// Time that opening took, in ms.
@@ -210,19 +221,45 @@ impl Engine {
     }
 }
 
-/// A device, and the records of its ops if they are to be timed.
-type OpenDevice = (Box<dyn Ops>, Option<Arc<Records>>);
+/// A device, the records of its ops if they are to be timed, and what a user should know of how it was chosen.
+struct OpenDevice {
+    ops: Box<dyn Ops>,
+    records: Option<Arc<Records>>,
+    note: Option<String>,
+}
 
+/// A device that computes in `compute`.
 fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice> {
-    let ops: Box<dyn Ops> = match options.device {
-        Device::Auto | Device::Cpu => Box::new(Cpu::new(options.threads, compute)?),
+    let cpu = || Cpu::new(options.threads, compute).map(|cpu| Box::new(cpu) as Box<dyn Ops>);
+    let mut note = None;
+    let mut ops: Box<dyn Ops> = match options.device {
+        Device::Cpu => cpu()?,
+        Device::Cuda(ordinal) => Box::new(Cuda::open(ordinal, compute)?),
+        #[cfg(llava_sim)]
+        Device::Sim => Box::new(Cuda::simulated(options.threads, compute)?),
+        #[cfg(not(llava_sim))]
+        Device::Sim => {
+            return Err(Error::Unsupported("this build has no kernel simulator: it was made without a C++ compiler".into()));
+        }
+        Device::Auto if !Cuda::has_driver() => cpu()?,
+        Device::Auto => match Cuda::open(0, compute) {
+            Ok(cuda) => Box::new(cuda),
+            Err(error) => {
+                note = Some(format!("running on the CPU: {error}"));
+                cpu()?
+            }
+        },
     };
-    if !options.profile_ops {
-        return Ok((ops, None));
+    if options.check_ops {
+        ops = Box::new(Checked::new(Box::new(Cpu::new(options.threads, DType::F32)?), ops));
     }
-    let profiled = Profiled::new(ops);
-    let records = profiled.records();
-    Ok((Box::new(profiled), Some(records)))
+    let mut records = None;
+    if options.profile_ops {
+        let profiled = Profiled::new(ops);
+        records = Some(profiled.records());
+        ops = Box::new(profiled);
+    }
+    Ok(OpenDevice { ops, records, note })
 }
 
 /// Bytes that a KV cache of `tokens` tokens takes when kept in `dtype`.

@@ -63,6 +63,11 @@ impl Engine {
             }
             None => last_logits = logits.to_vec(),
         })?;
+        let on_host = |features: Tensor| {
+            let values = self.runner.ops().download(&features)?;
+            Ok(Tensor::from_slice(features.shape(), &values))
+        };
+        let image_features = image_features.map(on_host).transpose()?;
         Ok(Score { input_ids, pixel_values, image_features, logprobs, last_logits })
     }
 }

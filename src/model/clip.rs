@@ -53,16 +53,16 @@ impl Clip {
         }
         ctx.ops.patchify(&mut acts.patches, pixels, self.patch_size)?;
         self.patch_embedding.forward(ctx.ops, &mut acts.patch_embeddings, &acts.patches)?;
-        ctx.observe(Stage::PatchEmbedding, &acts.patch_embeddings);
+        ctx.observe(Stage::PatchEmbedding, &acts.patch_embeddings)?;
         ctx.ops.clip_embed(&mut acts.normed, &acts.patch_embeddings, &self.class_embedding, &self.position_embedding)?;
-        ctx.observe(Stage::ClipEmbeddings, &acts.normed);
+        ctx.observe(Stage::ClipEmbeddings, &acts.normed)?;
         self.pre_norm.forward(ctx.ops, &mut acts.x, &acts.normed)?;
-        ctx.observe(Stage::ClipHidden(0), &acts.x);
+        ctx.observe(Stage::ClipHidden(0), &acts.x)?;
         let spans = Span::uniform(n_images, 1 + self.n_patches);
         for (i, layer) in self.layers.iter().enumerate() {
             ctx.check_cancelled()?;
             layer.forward(ctx, acts, &spans)?;
-            ctx.observe(Stage::ClipHidden(i + 1), &acts.x);
+            ctx.observe(Stage::ClipHidden(i + 1), &acts.x)?;
         }
         Ok(())
     }

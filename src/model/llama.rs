@@ -58,12 +58,12 @@ impl Llama {
         for (i, block) in self.blocks[..n_full].iter().enumerate() {
             ctx.check_cancelled()?;
             block.forward(ctx, all, &mut kv[i], &self.rope, spans)?;
-            ctx.observe(Stage::DecoderHidden(i + 1), &all.x);
+            ctx.observe(Stage::DecoderHidden(i + 1), &all.x)?;
         }
         ctx.ops.copy_rows(&mut tail.x, &all.x, outputs)?;
         if trim_last {
             self.blocks[n_full].forward_trimmed(ctx, all, tail, &mut kv[n_full], &self.rope, spans, outputs)?;
-            ctx.observe(Stage::DecoderHidden(n_full + 1), &tail.x);
+            ctx.observe(Stage::DecoderHidden(n_full + 1), &tail.x)?;
         }
         Ok(())
     }

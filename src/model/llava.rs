@@ -77,9 +77,9 @@ impl Llava {
             let select = |i| RowCopy { dst: (first + i) * tokens_per_image, src: i * clip_tokens + skip, n_rows: tokens_per_image };
             ctx.ops.copy_rows(&mut selected, &acts.x, &(0..n).map(select).collect::<Vec<_>>())?;
         }
-        ctx.observe(Stage::ClipSelected, &selected);
+        ctx.observe(Stage::ClipSelected, &selected)?;
         let features = self.projector.forward(ctx.ops, selected)?;
-        ctx.observe(Stage::ImageFeatures, &features);
+        ctx.observe(Stage::ImageFeatures, &features)?;
         Ok(features)
     }
 
@@ -95,7 +95,7 @@ impl Llava {
             let features = features.ok_or_else(|| Error::usage("the prompt has image positions but no image was encoded"))?;
             ctx.ops.copy_rows(&mut acts.all.x, features, &images)?;
         }
-        ctx.observe(Stage::InputEmbeds, &acts.all.x);
+        ctx.observe(Stage::InputEmbeds, &acts.all.x)?;
         Ok(())
     }
 

@@ -49,10 +49,14 @@ impl<'a> Ctx<'a> {
         if self.cancel.is_some_and(|c| c.load(Ordering::Relaxed)) { Err(Error::Cancelled) } else { Ok(()) }
     }
 
-    /// Shows a tensor to the observer.
-    pub fn observe(&mut self, stage: Stage, tensor: &Tensor) {
-        if let Some(observer) = &mut self.observer {
+    /// Shows a tensor to the observer, brought to the host where it is not there.
+    pub fn observe(&mut self, stage: Stage, tensor: &Tensor) -> Result<()> {
+        let Some(observer) = &mut self.observer else { return Ok(()) };
+        if tensor.device_address().is_some() {
+            observer(stage, &Tensor::from_slice(tensor.shape(), &self.ops.download(tensor)?));
+        } else {
             observer(stage, tensor);
         }
+        Ok(())
     }
 }

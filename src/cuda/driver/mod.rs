@@ -1,8 +1,10 @@
 //! [`Driver`]: memory and launches, and nothing else. Everything above it is one code for a real GPU and for the simulator.
 
+mod nvidia;
 #[cfg(llava_sim)]
 mod simulator;
 
+pub use nvidia::Nvidia;
 #[cfg(llava_sim)]
 pub use simulator::Simulator;
 

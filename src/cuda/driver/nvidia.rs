@@ -1,0 +1,225 @@
+//! [`Nvidia`]: a real GPU through cudarc's bindings of the driver API, which is loaded when a GPU is asked for and not before.
+//!
+//! One context, one stream: work is done in the order of the calls. Kernels come from the fatbins that build.rs has embedded, so nothing
+//! but the driver must be installed.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::panic::catch_unwind;
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+
+use super::{Arg, DevicePtr, Driver, Function, Grid, PackedArgs};
+use crate::error::{Error, Result};
+
+// `static FATBINS: &[(&str, &[u8])]`: a kernel file's name and what nvcc made of it.
+include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+/// A GPU.
+pub struct Nvidia {
+    name: String,
+    n_multiprocessors: usize,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    modules: Vec<sys::CUmodule>,
+    functions: Mutex<Table>,
+}
+
+/// Functions that were asked for, in that order, with their names.
+#[derive(Default)]
+struct Table {
+    functions: Vec<(sys::CUfunction, String)>,
+    by_name: HashMap<String, usize>,
+}
+
+// SAFETY: handles of the driver API may be used from any thread whose current context is theirs; every call sets it first.
+unsafe impl Send for Nvidia {}
+// SAFETY: as above; the driver API is thread-safe, and the table has a lock.
+unsafe impl Sync for Nvidia {}
+
+/// An error of the driver, in its own words.
+fn failed(op: &str) -> impl Fn(DriverError) -> Error + '_ {
+    move |error| {
+        let text = error.error_string().map(|s| s.to_string_lossy().into_owned());
+        Error::device(op, text.unwrap_or_else(|_| format!("{error:?}")))
+    }
+}
+
+impl Nvidia {
+    /// Whether this machine has the driver's library.
+    pub fn has_driver() -> bool {
+        // SAFETY: it only tries to open the library.
+        unsafe { sys::is_culib_present() }
+    }
+
+    /// GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// If this build has no GPU kernels, or the machine no driver, no such GPU, or one that the kernels were not compiled for.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        if FATBINS.is_empty() {
+            return Err(Error::Unsupported("this build has no GPU kernels: it was made without nvcc".into()));
+        }
+        if !Self::has_driver() {
+            return Err(Error::Unsupported("this machine has no NVIDIA driver: libcuda was not found".into()));
+        }
+        // The bindings panic where a driver is too old to have a function.
+        let opened = catch_unwind(|| Self::open_checked(ordinal));
+        opened.unwrap_or_else(|_| Err(Error::Unsupported("the NVIDIA driver is too old: CUDA 13.0 needs 580 or later".into())))
+    }
+
+    fn open_checked(ordinal: usize) -> Result<Self> {
+        result::init().map_err(failed("cuInit"))?;
+        let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))? as usize;
+        if ordinal >= count {
+            return Err(Error::Unsupported(format!("there is no GPU {ordinal}: this machine has {count}")));
+        }
+        let device = result::device::get(ordinal as i32).map_err(failed("cuDeviceGet"))?;
+        use sys::CUdevice_attribute_enum as Attribute;
+        // SAFETY: the device exists.
+        let attribute = |a| unsafe { result::device::get_attribute(device, a) }.map_err(failed("cuDeviceGetAttribute"));
+        let name = result::device::get_name(device).map_err(failed("cuDeviceGetName"))?;
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        if major < 8 {
+            return Err(Error::Unsupported(format!("{name} has compute capability {major}.x: the kernels need 8.0 or later")));
+        }
+        let n_multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        // SAFETY: the device exists; the context is released in `drop`.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        // From here on `drop` gives back what there is.
+        let null = std::ptr::null_mut();
+        let functions = Mutex::default();
+        let mut gpu = Self { name, n_multiprocessors, device, context, stream: null, modules: Vec::new(), functions };
+        gpu.enter()?;
+        gpu.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"))?;
+        for (file, image) in FATBINS {
+            // SAFETY: a whole fatbin, as nvcc wrote it.
+            let module = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) };
+            gpu.modules.push(module.map_err(failed(&format!("kernels/{file}.cu")))?);
+        }
+        Ok(gpu)
+    }
+
+    /// Makes this GPU's context the calling thread's.
+    fn enter(&self) -> Result<()> {
+        // SAFETY: the context lives as long as `self`.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("cuCtxSetCurrent"))
+    }
+
+    fn table(&self) -> std::sync::MutexGuard<'_, Table> {
+        self.functions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Nvidia {
+    fn drop(&mut self) {
+        // Errors in taking down are of no use to anybody: the process goes on without the GPU.
+        // SAFETY: all of these are ours, and nothing else uses them once `self` is dropped.
+        unsafe {
+            let _ = self.enter();
+            if !self.stream.is_null() {
+                let _ = result::stream::synchronize(self.stream);
+                let _ = result::stream::destroy(self.stream);
+            }
+            for &module in &self.modules {
+                let _ = result::module::unload(module);
+            }
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+impl Driver for Nvidia {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn n_multiprocessors(&self) -> usize {
+        self.n_multiprocessors
+    }
+
+    fn function(&self, name: &str) -> Result<Function> {
+        let mut table = self.table();
+        if let Some(&i) = table.by_name.get(name) {
+            return Ok(Function(i));
+        }
+        self.enter()?;
+        let symbol = CString::new(name).map_err(|_| Error::device(name, "no name of a kernel"))?;
+        // SAFETY: the modules are loaded.
+        let found = self.modules.iter().find_map(|&m| unsafe { result::module::get_function(m, symbol.clone()) }.ok());
+        let function = found.ok_or_else(|| Error::device(name, "this build has no such kernel"))?;
+        use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as OPT_IN;
+        use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MAX_SHARED;
+        // SAFETY: device and function exist. More than 48 KiB must be asked for once.
+        unsafe {
+            let most = result::device::get_attribute(self.device, OPT_IN).map_err(failed("cuDeviceGetAttribute"))?;
+            result::function::set_function_attribute(function, MAX_SHARED, most).map_err(failed(name))?;
+        }
+        table.functions.push((function, name.to_owned()));
+        let i = table.functions.len() - 1;
+        table.by_name.insert(name.to_owned(), i);
+        Ok(Function(i))
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<DevicePtr> {
+        self.enter()?;
+        // SAFETY: the memory is given back by `free` alone. (The driver refuses to allocate nothing.)
+        let ptr = unsafe { result::malloc_sync(bytes.max(1)) };
+        ptr.map(DevicePtr).map_err(|e| {
+            let free = result::mem_get_info().map_or(String::new(), |(free, _)| format!(", {} MiB are free", free >> 20));
+            Error::device("alloc", format!("{} MiB: {:?}{free}", bytes >> 20, e.0))
+        })
+    }
+
+    unsafe fn free(&self, ptr: DevicePtr) {
+        // A failure to give back can be neither mended nor reported from a drop.
+        // SAFETY: the caller's; cuMemFree waits for work in flight.
+        unsafe {
+            let _ = self.enter();
+            let _ = result::free_sync(ptr.0);
+        }
+    }
+
+    unsafe fn upload(&self, dst: DevicePtr, src: &[u8]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the caller's; pageable memory is read before the call returns.
+        unsafe { result::memcpy_htod_async(dst.0, src, self.stream) }.map_err(failed("upload"))
+    }
+
+    unsafe fn download(&self, dst: &mut [u8], src: DevicePtr) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the caller's; the copy is waited for while `dst` is borrowed.
+        unsafe {
+            result::memcpy_dtoh_async(dst, src.0, self.stream).map_err(failed("download"))?;
+            result::stream::synchronize(self.stream).map_err(failed("download"))
+        }
+    }
+
+    unsafe fn clear(&self, dst: DevicePtr, bytes: usize) -> Result<()> {
+        self.enter()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's.
+        unsafe { result::memset_d8_async(dst.0, 0, bytes, self.stream) }.map_err(failed("clear"))
+    }
+
+    unsafe fn launch(&self, function: Function, grid: Grid, args: &[Arg]) -> Result<()> {
+        self.enter()?;
+        let function = self.table().functions[function.0].0;
+        let mut packed = PackedArgs::new(args);
+        let [x, y, z] = grid.blocks.map(|n| n as u32);
+        let (threads, shared) = (grid.threads as u32, grid.shared_bytes as u32);
+        // SAFETY: the caller's for the kernel; the array of addresses lives through the call, which copies what they point to.
+        let launched = unsafe {
+            sys::cuLaunchKernel(function, x, y, z, threads, 1, 1, shared, self.stream, packed.as_mut_ptr(), std::ptr::null_mut())
+        };
+        launched.result().map_err(|e| {
+            let name = self.table().functions.iter().find(|f| f.0 == function).map_or(String::new(), |f| f.1.clone());
+            failed(&name)(e)
+        })
+    }
+}
