@@ -64,10 +64,10 @@ impl Fixture {
         all
     }
 
-    fn open(&self, dtype: Option<DType>) -> Engine {
+    fn open(&self, device: Device, dtype: DType) -> Engine {
         let model_base = (self.name == "orig_projector_over_base").then(|| fixture("checkpoints/base-llama"));
-        let options = EngineOptions { device: Device::Cpu, dtype, threads: 2, model_base, ..Default::default() };
-        Engine::open(&self.folder, &options).unwrap_or_else(|e| panic!("{}: {e}", self.name))
+        let options = EngineOptions { device, dtype: Some(dtype), threads: 2, model_base, ..Default::default() };
+        Engine::open(&self.folder, &options).unwrap_or_else(|e| panic!("{} on {device}: {e}", self.name))
     }
 
     fn images(&self, case: &Case) -> Vec<RgbImage> {
@@ -84,6 +84,16 @@ impl Fixture {
         let tensors = SafeTensors::deserialize(&self.tensors).unwrap();
         bytemuck::pod_collect_to_vec(tensors.tensor(name).unwrap().data())
     }
+}
+
+/// The CPU, and the CUDA kernels in the simulator where the build has it.
+fn devices() -> impl Iterator<Item = Device> {
+    [Device::Cpu].into_iter().chain(cfg!(llava_sim).then_some(Device::Sim))
+}
+
+/// All fixtures on all devices.
+fn fixtures_by_device() -> impl Iterator<Item = (Fixture, Device)> {
+    devices().flat_map(|device| Fixture::all().into_iter().map(move |fixture| (fixture, device)))
 }
 
 /// The name that a stage has in the fixtures.
@@ -116,11 +126,11 @@ const F32: Bound = Bound { abs: 2e-5, rel_to_max: 2e-5 };
 
 #[test]
 fn every_stage_agrees_with_the_reference_in_f32() {
-    for fixture in Fixture::all() {
-        let mut engine = fixture.open(Some(DType::F32));
+    for (fixture, device) in fixtures_by_device() {
+        let mut engine = fixture.open(device, DType::F32);
         for case in &fixture.expected.cases {
             let i = case.index;
-            let name = format!("{} case {i} ({})", fixture.name, case.name);
+            let name = format!("{} case {i} ({}) on {device}", fixture.name, case.name);
             let stages = record(&mut engine);
             let score = engine.score(&Prompt::raw(&case.prompt), &fixture.images(case)).unwrap_or_else(|e| panic!("{name}: {e}"));
             assert_eq!(score.input_ids, fixture.i64(&format!("case{i}.input_ids")), "{name}: ids");
@@ -149,27 +159,27 @@ fn every_stage_agrees_with_the_reference_in_f32() {
 #[test]
 fn greedy_tokens_are_the_references() {
     let options = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 24, ignore_eos: true, stop: Vec::new() };
-    for fixture in Fixture::all() {
-        let mut engine = fixture.open(Some(DType::F32));
+    for (fixture, device) in fixtures_by_device() {
+        let mut engine = fixture.open(device, DType::F32);
         for case in &fixture.expected.cases {
             let i = case.index;
             let images = fixture.images(case);
             let answer =
                 engine.generate(&Prompt::raw(&case.prompt), &images, &options, &mut |_| ControlFlow::Continue(())).unwrap();
             let got: Vec<i64> = answer.token_ids.iter().map(|&id| i64::from(id)).collect();
-            assert_eq!(got, fixture.i64(&format!("case{i}.greedy")), "{} case {i} ({})", fixture.name, case.name);
+            assert_eq!(got, fixture.i64(&format!("case{i}.greedy")), "{} case {i} ({}) on {device}", fixture.name, case.name);
         }
     }
 }
 
 #[test]
 fn half_precision_stays_close_to_the_reference() {
-    for fixture in Fixture::all() {
+    for (fixture, device) in fixtures_by_device() {
         for dtype in [DType::Bf16, DType::F16] {
-            let mut engine = fixture.open(Some(dtype));
+            let mut engine = fixture.open(device, dtype);
             for case in &fixture.expected.cases {
                 let i = case.index;
-                let name = format!("{} case {i} ({}) in {dtype}", fixture.name, case.name);
+                let name = format!("{} case {i} ({}) in {dtype} on {device}", fixture.name, case.name);
                 let score = engine.score(&Prompt::raw(&case.prompt), &fixture.images(case)).unwrap();
                 let expected = fixture.f32(&format!("case{i}.last_logits")).unwrap();
                 let similarity = cosine(&score.last_logits, &expected);
@@ -192,7 +202,7 @@ fn top(logits: &[f32]) -> (usize, f32) {
 fn a_conversation_in_the_cache_answers_as_one_that_is_not() {
     let options = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 8, ignore_eos: true, stop: Vec::new() };
     for fixture in Fixture::all().iter().filter(|f| f.name.starts_with("hf_")) {
-        let mut engine = fixture.open(Some(DType::F32));
+        let mut engine = fixture.open(Device::Cpu, DType::F32);
         let case = fixture.expected.cases.iter().find(|c| c.images.len() == 1).unwrap();
         let images = fixture.images(case);
         let mut session = engine.session();
