@@ -484,7 +484,7 @@ fn a_score_and_its_dump_are_the_references() {
         let images: Vec<_> = case.images.iter().map(|i| format!("{model}/{i}")).collect();
         args.extend(images.iter().flat_map(|i| ["--image", i.as_str()]));
         let score = run(&args).json();
-        assert_eq!(keys(&score), ["input_ids", "logprobs", "sum", "perplexity"]);
+        assert_eq!(keys(&score), ["input_ids", "logprobs", "sum", "text_tokens", "perplexity"]);
         let dump = fs::read(&path).unwrap();
         let dump = SafeTensors::deserialize(&dump).unwrap();
         let ids = dump.tensor("input_ids").unwrap();

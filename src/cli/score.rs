@@ -44,21 +44,24 @@ pub fn run(args: &Args) -> Result<Outcome> {
     if let Some(path) = &args.dump {
         dump(&score, path)?;
     }
-    let sum: f64 = score.logprobs.iter().map(|&l| f64::from(l)).sum();
-    let scored = score.logprobs.len().max(1) as f64;
+    let (sum, text_tokens) = score.text_sum();
+    // Of nothing there is none: not a number, which JSON writes as null.
+    let perplexity = (-sum / text_tokens as f64).exp();
     if args.json {
         common::put_json(&serde_json::json!({
             "input_ids": score.input_ids,
             "logprobs": score.logprobs,
             "sum": sum,
-            "perplexity": (-sum / scored).exp(),
+            "text_tokens": text_tokens,
+            "perplexity": perplexity,
         }))?;
     } else {
-        for (id, logprob) in score.input_ids[1..].iter().zip(&score.logprobs) {
+        for (id, logprob) in score.input_ids.iter().skip(1).zip(&score.logprobs) {
             let token = u32::try_from(*id).ok().and_then(|id| engine.tokenizer().id_to_token(id)).unwrap_or_default();
             common::put(&format!("{logprob:>10.4}  {id:>6}  {}\n", common::one_line(&token)))?;
         }
-        common::put(&format!("sum {sum:.4}, perplexity {:.4} over {scored} tokens\n", (-sum / scored).exp()))?;
+        let perplexity = if text_tokens == 0 { "none".to_owned() } else { format!("{perplexity:.4}") };
+        common::put(&format!("sum {sum:.4}, perplexity {perplexity} over {text_tokens} tokens of text\n"))?;
     }
     args.model.report_ops(&engine);
     Ok(Outcome::Done)

@@ -16,6 +16,8 @@ pub const IMAGE_TOKEN_INDEX: i64 = -200;
 pub struct Score {
     /// Ids `[tokens]`; image positions have the checkpoint's image token id, or -200 where it has none.
     pub input_ids: Vec<i64>,
+    /// Which positions are an image's, `[tokens]`. Their ids do not tell: a prompt may name the image token as text.
+    pub is_image: Vec<bool>,
     /// f32 `[images, 3, h, w]`, if there are images.
     pub pixel_values: Option<Tensor>,
     /// f32 `[image tokens, hidden]`, if there are images.
@@ -24,6 +26,17 @@ pub struct Score {
     pub logprobs: Vec<f32>,
     /// Logits after the last token, `[vocab]`.
     pub last_logits: Vec<f32>,
+}
+
+impl Score {
+    /// Sum of the log-probabilities of tokens of text, and how many they are.
+    ///
+    /// The first token follows nothing and has none. Image positions do not count: no model is trained to predict their id, so that
+    /// what it thinks of them says nothing about the text.
+    pub fn text_sum(&self) -> (f64, usize) {
+        let text = self.is_image.iter().skip(1).zip(&self.logprobs).filter(|(is_image, _)| !**is_image);
+        text.fold((0.0, 0), |(sum, n), (_, &logprob)| (sum + f64::from(logprob), n + 1))
+    }
 }
 
 /// l_t − log Σ exp(l_i), in f64: differences of large logits keep their digits.
@@ -37,7 +50,7 @@ impl Engine {
     /// Scores `prompt` with `images`.
     ///
     /// # Errors
-    /// If the prompt does not fit the images or the context.
+    /// If the prompt is empty, or does not fit the images or the context.
     pub fn score(&mut self, prompt: &Prompt, images: &[RgbImage]) -> Result<Score> {
         let prompt = self.tokenize(prompt, images.len())?;
         let image_token = self.config().image_token_index.map_or(IMAGE_TOKEN_INDEX, i64::from);
@@ -46,6 +59,7 @@ impl Engine {
             Slot::Image { .. } => image_token,
         };
         let input_ids: Vec<i64> = prompt.slots.iter().map(id).collect();
+        let is_image = prompt.slots.iter().map(|slot| matches!(slot, Slot::Image { .. })).collect();
         let (pixel_values, image_features) = if images.is_empty() {
             (None, None)
         } else {
@@ -56,7 +70,7 @@ impl Engine {
         let mut table = self.runner.kv().sequence();
         let mut logprobs = Vec::with_capacity(input_ids.len());
         let mut last_logits = Vec::new();
-        let mut targets = input_ids[1..].iter();
+        let mut targets = input_ids.iter().skip(1);
         self.runner.extend(&mut table, 0, &prompt.slots, image_features.as_ref(), 0, |logits| match targets.next() {
             Some(&target) => {
                 logprobs.push(usize::try_from(target).ok().filter(|&t| t < logits.len()).map_or(0.0, |t| log_softmax_at(logits, t)))
@@ -68,13 +82,32 @@ impl Engine {
             Ok(Tensor::from_slice(features.shape(), &values))
         };
         let image_features = image_features.map(on_host).transpose()?;
-        Ok(Score { input_ids, pixel_values, image_features, logprobs, last_logits })
+        Ok(Score { input_ids, is_image, pixel_values, image_features, logprobs, last_logits })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn score(is_image: &[bool], logprobs: &[f32]) -> Score {
+        Score {
+            input_ids: vec![0; is_image.len()],
+            is_image: is_image.to_vec(),
+            pixel_values: None,
+            image_features: None,
+            logprobs: logprobs.to_vec(),
+            last_logits: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_sum_leaves_out_images_and_the_first_token() {
+        assert_eq!(score(&[false, true, true, false, false], &[-9.0, -7.0, -1.0, -0.5]).text_sum(), (-1.5, 2));
+        assert_eq!(score(&[true, false], &[-3.0]).text_sum(), (-3.0, 1));
+        assert_eq!(score(&[false], &[]).text_sum(), (0.0, 0));
+        assert_eq!(score(&[], &[]).text_sum(), (0.0, 0));
+    }
 
     #[test]
     fn log_softmax_of_large_logits_is_finite() {
