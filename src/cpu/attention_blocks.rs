@@ -155,7 +155,7 @@ impl Kernel for Block<'_, '_> {
                 for i in (0..n).step_by(S::MR) {
                     let (q, k, s) = (work.q[i * d..].as_ptr(), work.k[j * d..].as_ptr(), work.s[i * KEYS + j..].as_mut_ptr());
                     with_height!(S::MR.min(n - i), S, M => {
-                        let acc = tile::<S, M, false>(d, q, d, 1, k);
+                        let acc = tile::<S, M, false>(d, q, d, 1, 0, k);
                         store_tile::<S, M>(&acc, s, KEYS, false);
                     });
                 }
@@ -171,7 +171,7 @@ impl Kernel for Block<'_, '_> {
                     let (p, v, o) =
                         (work.s[i * KEYS..].as_ptr(), work.v[j * KEYS..].as_ptr(), work.o[i * width + j..].as_mut_ptr());
                     with_height!(S::MR.min(n - i), S, M => {
-                        let acc = tile::<S, M, false>(n_keys, p, KEYS, 1, v);
+                        let acc = tile::<S, M, false>(n_keys, p, KEYS, 1, 0, v);
                         add_scaled::<S, M>(&acc, o, width, &work.alpha[i..]);
                     });
                 }

@@ -5,7 +5,7 @@
 //! sums wait in scratch memory in the order of tiles; the last k block ends with the epilogue.
 //!
 //! What lies where while the innermost loops run, with AVX2: a panel of W (16 KiB) and a panel of x (6 KiB) in L1; [`L2_ROWS`] rows of x
-//! (96 KiB), the packed weights (64 KiB) and the partial sums (160 KiB at 640 tokens) in L2.
+//! (96 KiB) and the packed weights (128 KiB) in L2, and as much of the partial sums (320 KiB at 640 tokens) as there is room for.
 
 #![allow(clippy::needless_range_loop)] // lanes, rows and columns are indexed alike, and unrolled
 
@@ -17,7 +17,7 @@ use super::matmul::{Block, Linear, Output};
 use super::pool::{Disjoint, Pool};
 use super::scratch::{carve, padded, with_scratch};
 use super::simd::{Isa, Kernel, MAX_LANES, NV, Simd, Stored};
-use super::tile::{pack_column_pairs, pack_columns, store_tile, tile, with_height};
+use super::tile::{pack_column_pairs, pack_columns, pack_lanes, store_tile, tile, with_height};
 use crate::dtype::DType;
 
 /// Steps of k in a block: a panel of W is STEPS·NR f32, half of L1 with AVX2.
@@ -25,7 +25,7 @@ const STEPS: usize = 256;
 /// Rows of x that a panel of W meets before the next one takes its place.
 const L2_ROWS: usize = 96;
 /// Panels of W in a task: the more, the less often x comes from L3.
-const PANELS: usize = 4;
+const PANELS: usize = 8;
 /// The most tokens in a task; as many as a LLaVA prompt has, so that its weights are packed once.
 const TOKENS: usize = 768;
 
@@ -109,22 +109,28 @@ impl Kernel for PackX<'_> {
     unsafe fn run<S: Simd>(self) {
         let Self { plan, x, tokens, k, panel, out } = self;
         let first = panel * S::MR;
+        let n_rows = S::MR.min(tokens - first);
+        // Those beyond the last row are not used.
+        let rows: [_; MAX_LANES] = std::array::from_fn(|i| x[first * k..].as_ptr().wrapping_add(i * k));
         for step in (0..plan.steps).step_by(STEPS) {
             let n_steps = STEPS.min(plan.steps - step);
             // SAFETY: panels of one block do not overlap, and each task has its own.
             let to = unsafe { out.slice(plan.x_panel(step, n_steps, panel), n_steps * S::MR) };
+            if !plan.dot {
+                let rows = rows.map(|row| row.wrapping_add(step));
+                // SAFETY: the instructions are there, says the caller; each row of x goes on for the steps of this block.
+                unsafe { pack_lanes::<S, f32>(to.as_mut_ptr(), &rows[..n_rows], n_steps, S::MR) };
+                continue;
+            }
             for i in 0..S::MR {
-                if first + i >= tokens {
+                if i >= n_rows {
                     (0..n_steps).for_each(|j| to[j * S::MR + i] = 0.0);
-                } else if plan.dot {
-                    let row = &x[(first + i) * k..][2 * step..k.min(2 * (step + n_steps))];
-                    for (j, pair) in row.chunks(2).enumerate() {
-                        let [low, high] = [pair[0], *pair.get(1).unwrap_or(&0.0)].map(bf16_bits);
-                        to[j * S::MR + i] = f32::from_bits(high << 16 | low);
-                    }
-                } else {
-                    let row = &x[(first + i) * k + step..][..n_steps];
-                    row.iter().enumerate().for_each(|(j, &x)| to[j * S::MR + i] = x);
+                    continue;
+                }
+                let row = &x[(first + i) * k..][2 * step..k.min(2 * (step + n_steps))];
+                for (j, pair) in row.chunks(2).enumerate() {
+                    let [low, high] = [pair[0], *pair.get(1).unwrap_or(&0.0)].map(bf16_bits);
+                    to[j * S::MR + i] = f32::from_bits(high << 16 | low);
                 }
             }
         }
@@ -255,7 +261,7 @@ impl Multiply<'_> {
                     // SAFETY: these slices are what a tile reads and writes.
                     unsafe {
                         with_height!(height, S, M => {
-                            let acc = tile::<S, M, DOT>(n_steps, a, 1, S::MR, b);
+                            let acc = tile::<S, M, DOT>(n_steps, a, 1, S::MR, n_steps * S::MR, b);
                             store_tile::<S, M>(&acc, sums, S::NR, !is_first);
                         });
                         if is_last {

@@ -37,6 +37,9 @@ pub type Tile<S, const M: usize> = [[<S as Simd>::V; NV]; M];
 
 /// A·B over `k` steps: row i of A has its numbers at `a + i·a_row + step·a_step`, B is a panel.
 ///
+/// If not 0, `ahead` elements beyond those at work the numbers of the next tile are asked for: the processor's own prefetching comes late
+/// for a panel that lies in the last cache.
+///
 /// With `DOT`, each f32 of A and B holds a pair of bf16 instead, and a step is two of k. Each element is one chain of fused
 /// multiply-adds in the order of k: a row's result does not depend on which rows stand beside it.
 ///
@@ -48,6 +51,7 @@ pub unsafe fn tile<S: Simd, const M: usize, const DOT: bool>(
     a: *const f32,
     a_row: usize,
     a_step: usize,
+    ahead: usize,
     b: *const f32,
 ) -> Tile<S, M> {
     // SAFETY: the caller's.
@@ -57,6 +61,9 @@ pub unsafe fn tile<S: Simd, const M: usize, const DOT: bool>(
             let mut columns = [S::splat(0.0); NV];
             for v in 0..NV {
                 columns[v] = S::load(b.add(step * S::NR + v * S::LANES));
+            }
+            if ahead > 0 {
+                S::prefetch(a.wrapping_add(step * a_step + ahead).cast());
             }
             for i in 0..M {
                 let x = S::splat(*a.add(i * a_row + step * a_step));
@@ -93,29 +100,42 @@ pub unsafe fn store_tile<S: Simd, const M: usize>(acc: &Tile<S, M>, to: *mut f32
 #[inline(always)]
 pub unsafe fn pack_columns<S: Simd, E: Stored>(panel: *mut f32, rows: &[*const E], k: usize) {
     debug_assert!(rows.len() <= S::NR);
+    for v in 0..NV {
+        let rows = rows.get(v * S::LANES..).unwrap_or_default();
+        // SAFETY: the caller's.
+        unsafe { pack_lanes::<S, E>(panel.add(v * S::LANES), &rows[..rows.len().min(S::LANES)], k, S::NR) };
+    }
+}
+
+/// panel\[step·stride + j\] = rows\[j\]\[step\] for up to LANES rows, zero for j beyond them.
+///
+/// A stride below LANES, but not below its half, is the width of the panel: what a vector writes beyond, the next one overwrites.
+///
+/// # Safety
+/// That of [`Simd`]; each row has `k` elements, `panel` room for k·stride.
+#[inline(always)]
+pub unsafe fn pack_lanes<S: Simd, E: Stored>(panel: *mut f32, rows: &[*const E], k: usize, stride: usize) {
+    debug_assert!(rows.len() <= S::LANES.min(stride) && 2 * stride >= S::LANES);
     // SAFETY: the caller's; `i` stays below the number of rows, `step + n` at most k.
     unsafe {
-        for v in 0..NV {
-            let rows = rows.get(v * S::LANES..).unwrap_or_default();
-            let n_rows = rows.len().min(S::LANES);
-            for step in (0..k).step_by(S::LANES) {
-                let n = S::LANES.min(k - step);
-                let mut square = S::square();
-                let lanes = square.as_mut();
-                if n == S::LANES && n_rows == S::LANES {
-                    for i in 0..S::LANES {
-                        lanes[i] = E::load::<S>(rows[i].add(step));
-                    }
-                } else {
-                    for i in 0..n_rows {
-                        let p = rows[i].add(step);
-                        lanes[i] = if n == S::LANES { E::load::<S>(p) } else { E::load_part::<S>(p, n) };
-                    }
+        for step in (0..k).step_by(S::LANES) {
+            let n = S::LANES.min(k - step);
+            let mut square = S::square();
+            let lanes = square.as_mut();
+            if n == S::LANES && rows.len() == S::LANES {
+                for i in 0..S::LANES {
+                    lanes[i] = E::load::<S>(rows[i].add(step));
                 }
-                S::transpose(&mut square);
-                for (i, &column) in square.as_mut().iter().enumerate().take(n) {
-                    S::store(panel.add((step + i) * S::NR + v * S::LANES), column);
+            } else {
+                for i in 0..rows.len() {
+                    let p = rows[i].add(step);
+                    lanes[i] = if n == S::LANES { E::load::<S>(p) } else { E::load_part::<S>(p, n) };
                 }
+            }
+            S::transpose(&mut square);
+            for (i, &column) in square.as_mut().iter().enumerate().take(n) {
+                let to = panel.add((step + i) * stride);
+                if stride >= S::LANES || step + i + 1 < k { S::store(to, column) } else { S::store_part(to, column, stride) }
             }
         }
     }
