@@ -150,10 +150,9 @@ unsafe fn add_dots<S: Simd, E: Stored, const R: usize, const T: usize>(
             }
             for r in 0..R {
                 let p = w.add(r * k + i);
-                if T > 2 {
-                    // The next rows: with so much arithmetic per line, running ahead out of order does not reach them in time.
-                    S::prefetch(p.wrapping_add(R * k).cast());
-                }
+                // The next rows: neither running ahead out of order nor the processor's own prefetching, which stops at each page, has
+                // enough of them under way.
+                S::prefetch(p.wrapping_add(R * k).cast());
                 let weight = E::load::<S>(p);
                 for t in 0..T {
                     acc[r][t] = S::fma(weight, xs[t], acc[r][t]);
