@@ -1,7 +1,7 @@
 //! Which kernels there are, and what every launch goes through.
 
 use super::Cuda;
-use super::driver::{Arg, DevicePtr, Driver, Function, Grid};
+use super::driver::{Arg, DevicePtr, Driver, Function, Grid, Launch};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -45,12 +45,13 @@ pub(super) fn int(op: &'static str, what: &str, n: usize) -> Result<Arg> {
 }
 
 impl Cuda {
-    /// Launches the kernel of this device's dtype.
+    /// Queues a launch of the kernel of this device's dtype. What goes wrong in it is reported by whoever asks for results.
     ///
     /// # Safety
     /// That of [`Driver::launch`].
     pub(super) unsafe fn launch(&self, kernel: Kernel, grid: Grid, args: &[Arg]) -> Result<()> {
-        // SAFETY: the caller's.
-        unsafe { self.driver.launch(self.functions.0[kernel as usize], grid, args) }
+        // SAFETY: the caller's; memory goes back to the driver only after the queue is gone.
+        unsafe { self.queue.push(Launch { function: self.functions.0[kernel as usize], grid, args: args.to_vec() }) };
+        Ok(())
     }
 }

@@ -10,6 +10,7 @@ mod launch;
 mod memory;
 mod norm;
 mod ops;
+mod queue;
 mod rows;
 mod staging;
 
@@ -17,18 +18,18 @@ use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::tensor::DeviceMemory;
-use driver::{DevicePtr, Driver};
+use driver::Driver;
 use launch::Functions;
-use staging::Staging;
+use memory::Arena;
+use queue::Queue;
 
 /// A device that runs CUDA kernels.
 pub struct Cuda {
     driver: Arc<dyn Driver>,
     functions: Functions,
     dtype: DType,
-    ints: Staging,
-    spans: Staging,
+    queue: Queue,
+    arena: Arc<Arena>,
 }
 
 impl Cuda {
@@ -59,26 +60,7 @@ impl Cuda {
     /// A device behind a driver.
     fn on(driver: Arc<dyn Driver>, dtype: DType) -> Result<Self> {
         let functions = Functions::resolve(&*driver, dtype)?;
-        Ok(Self { driver, functions, dtype, ints: Staging::default(), spans: Staging::default() })
-    }
-}
-
-/// Memory of a driver.
-struct Allocation {
-    driver: Arc<dyn Driver>,
-    ptr: DevicePtr,
-}
-
-impl DeviceMemory for Allocation {
-    fn address(&self) -> u64 {
-        self.ptr.0
-    }
-}
-
-impl Drop for Allocation {
-    fn drop(&mut self) {
-        // SAFETY: it came from this driver; whoever could launch on it borrowed the tensor that is gone.
-        unsafe { self.driver.free(self.ptr) }
+        Ok(Self { queue: Queue::new(driver.clone()), arena: Arena::new(driver.clone()), driver, functions, dtype })
     }
 }
 

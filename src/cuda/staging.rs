@@ -1,47 +1,10 @@
 //! Small tables that ops bring along: token ids, copies, which rows belong to which sequence and where its pages are.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
-use super::driver::{DevicePtr, Driver};
+use super::Cuda;
+use super::driver::DevicePtr;
 use super::launch::int;
-use super::{Allocation, Cuda};
 use crate::error::Result;
 use crate::ops::Span;
-
-/// Device memory that holds one table of ints at a time. Copies and launches are done in order, so a table may be overwritten as soon as
-/// the launch that reads it was made.
-#[derive(Default)]
-pub(super) struct Staging(Mutex<Table>);
-
-#[derive(Default)]
-struct Table {
-    memory: Option<Allocation>,
-    capacity: usize,
-    /// What the memory holds.
-    words: Vec<i32>,
-}
-
-impl Staging {
-    /// Brings `words` to the device, unless they are there already, and calls `launch` with their address.
-    pub fn with<R>(&self, driver: &Arc<dyn Driver>, words: Vec<i32>, launch: impl FnOnce(DevicePtr) -> Result<R>) -> Result<R> {
-        // A launch that panicked left the table whole.
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if table.memory.is_none() || table.capacity < words.len() {
-            let capacity = words.len().next_power_of_two().max(1024);
-            table.words.clear();
-            table.memory = Some(Allocation { driver: driver.clone(), ptr: driver.alloc(capacity * 4)? });
-            table.capacity = capacity;
-        }
-        let ptr = table.memory.as_ref().expect("it was just made").ptr;
-        if table.words != words {
-            table.words.clear(); // in case the copy fails
-            // SAFETY: the memory has room for `capacity` words.
-            unsafe { driver.upload(ptr, bytemuck::cast_slice(&words))? };
-            table.words = words;
-        }
-        launch(ptr)
-    }
-}
 
 /// A batch's sequences on the device, all i32.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +20,7 @@ pub(super) struct SpanTable {
 impl Cuda {
     /// Calls `launch` with a table of ints on the device.
     pub(super) fn with_ints<R>(&self, words: Vec<i32>, launch: impl FnOnce(DevicePtr) -> Result<R>) -> Result<R> {
-        self.ints.with(&self.driver, words, launch)
+        launch(self.queue.stage(words)?)
     }
 
     /// Calls `launch` with the spans of a batch of `tokens` rows. All layers of a pass have the same: they are copied once.
@@ -85,9 +48,8 @@ impl Cuda {
         for span in spans {
             words.extend(span.pages.iter().map(|&page| page as i32));
         }
-        self.spans.with(&self.driver, words, |ptr| {
-            let row_span = ptr.add(spans.len() * 16);
-            launch(SpanTable { spans: ptr, row_span, pages: row_span.add(tokens * 4) })
-        })
+        let ptr = self.queue.stage(words)?;
+        let row_span = ptr.add(spans.len() * 16);
+        launch(SpanTable { spans: ptr, row_span, pages: row_span.add(tokens * 4) })
     }
 }

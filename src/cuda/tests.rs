@@ -20,3 +20,52 @@ fn rms_norm_runs() {
         }
     }
 }
+
+/// The same launches three times: made one by one, recorded, replayed; with a table that changes in between.
+#[test]
+fn launches_that_come_again_are_replayed_with_new_tables() {
+    let cuda = Cuda::simulated(1, DType::F32).unwrap();
+    let w = cuda.to_device(Tensor::from_slice(&[4], &[1.0f32; 4])).unwrap();
+    let mut x = cuda.to_device(Tensor::from_slice(&[2, 4], &[3.0f32, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0])).unwrap();
+    let mut y = cuda.zeros(&[2, 4], DType::F32).unwrap();
+    let mut results = Vec::new();
+    for round in 0..4 {
+        let table = cuda.queue.stage(vec![round; 3]).unwrap();
+        assert_eq!(cuda.queue.stage(vec![round; 3]).unwrap(), table, "the same table is copied once");
+        assert_ne!(cuda.queue.stage(vec![-1]).unwrap(), table);
+        for _ in 0..5 {
+            cuda.rms_norm(&mut y, &x, &w, 0.5).unwrap();
+            cuda.rms_norm(&mut x, &y, &w, 0.25).unwrap();
+        }
+        results.push(cuda.to_host(&x).unwrap().to_f32());
+        assert_eq!(cuda.queue.n_replays(), round.max(0) as usize);
+    }
+    // The same work by launches that never come again.
+    let cuda = Cuda::simulated(1, DType::F32).unwrap();
+    let w = cuda.to_device(Tensor::from_slice(&[4], &[1.0f32; 4])).unwrap();
+    let mut x = cuda.to_device(Tensor::from_slice(&[2, 4], &[3.0f32, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0])).unwrap();
+    let mut y = cuda.zeros(&[2, 4], DType::F32).unwrap();
+    for expected in results {
+        for _ in 0..5 {
+            cuda.rms_norm(&mut y, &x, &w, 0.5).unwrap();
+            cuda.queue.flush().unwrap();
+            cuda.rms_norm(&mut x, &y, &w, 0.25).unwrap();
+            cuda.queue.flush().unwrap();
+        }
+        assert_eq!(cuda.to_host(&x).unwrap().to_f32(), expected);
+    }
+    assert_eq!(cuda.queue.n_replays(), 0);
+}
+
+#[test]
+fn memory_is_handed_on() {
+    let cuda = Cuda::simulated(1, DType::F32).unwrap();
+    let a = cuda.zeros(&[3, 5], DType::F32).unwrap();
+    let address = a.device_address();
+    drop(a);
+    assert_ne!(cuda.zeros(&[3, 6], DType::F32).unwrap().device_address(), address);
+    let b = cuda.zeros(&[15], DType::F32).unwrap();
+    assert_eq!(b.device_address(), address);
+    let c = cuda.zeros(&[15], DType::F32).unwrap();
+    assert_ne!(c.device_address(), address);
+}

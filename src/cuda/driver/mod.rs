@@ -9,11 +9,12 @@ pub use nvidia::Nvidia;
 pub use simulator::Simulator;
 
 use std::ffi::c_void;
+use std::hash::{Hash, Hasher};
 
 use crate::error::Result;
 
 /// An address in a device's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DevicePtr(pub u64);
 
 impl DevicePtr {
@@ -24,11 +25,11 @@ impl DevicePtr {
 }
 
 /// A kernel of this driver, by number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Function(pub usize);
 
 /// How many blocks, of how many threads, with how much shared memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Grid {
     /// Blocks in x, y and z.
     pub blocks: [usize; 3],
@@ -68,6 +69,36 @@ impl Arg {
         }
     }
 }
+
+/// Equal in every bit: what is compared are launches, not numbers.
+impl PartialEq for Arg {
+    fn eq(&self, other: &Self) -> bool {
+        (self.kind(), self.word()) == (other.kind(), other.word())
+    }
+}
+
+impl Eq for Arg {}
+
+impl Hash for Arg {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.kind(), self.word()).hash(state);
+    }
+}
+
+/// A kernel with its grid and arguments.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Launch {
+    /// Which kernel.
+    pub function: Function,
+    /// How many blocks, threads and bytes.
+    pub grid: Grid,
+    /// What it is called with.
+    pub args: Vec<Arg>,
+}
+
+/// A recorded sequence of launches, by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GraphId(pub usize);
 
 /// Arguments laid out as `cuLaunchKernel` takes them: an array of their addresses.
 struct PackedArgs {
@@ -131,13 +162,28 @@ pub trait Driver: Send + Sync {
     /// `dst` has as many bytes.
     unsafe fn clear(&self, dst: DevicePtr, bytes: usize) -> Result<()>;
 
+    /// Records launches, to be made again as one.
+    fn record(&self, launches: &[Launch]) -> Result<GraphId>;
+
+    /// Makes recorded launches.
+    ///
+    /// # Errors
+    /// As [`Driver::launch`].
+    ///
+    /// # Safety
+    /// That of [`Driver::launch`] for each; the graph was not forgotten.
+    unsafe fn replay(&self, graph: GraphId) -> Result<()>;
+
+    /// Gives up a recording.
+    fn forget(&self, graph: GraphId);
+
     /// Launches a kernel.
     ///
     /// # Errors
     /// If the launch is refused. What goes wrong within the kernel, a GPU reports with a later call.
     ///
     /// # Safety
-    /// `args` are what the kernel's contract asks for: right in number and type, pointers to memory of the sizes that the other arguments
+    /// The arguments are what the kernel's contract asks for: right in number and type, pointers to memory of the sizes that the other arguments
     /// imply, which no other work in flight uses in conflict.
-    unsafe fn launch(&self, function: Function, grid: Grid, args: &[Arg]) -> Result<()>;
+    unsafe fn launch(&self, launch: &Launch) -> Result<()>;
 }

@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-use super::{Arg, DevicePtr, Driver, Function, Grid, PackedArgs};
+use super::{DevicePtr, Driver, Function, GraphId, Launch, PackedArgs};
 use crate::error::{Error, Result};
 
 // `static FATBINS: &[(&str, &[u8])]`: a kernel file's name and what nvcc made of it.
@@ -28,11 +28,12 @@ pub struct Nvidia {
     functions: Mutex<Table>,
 }
 
-/// Functions that were asked for, in that order, with their names.
+/// Functions that were asked for, in that order, with their names; graphs in the order of their recording.
 #[derive(Default)]
 struct Table {
     functions: Vec<(sys::CUfunction, String)>,
     by_name: HashMap<String, usize>,
+    graphs: Vec<Option<sys::CUgraphExec>>,
 }
 
 // SAFETY: handles of the driver API may be used from any thread whose current context is theirs; every call sets it first.
@@ -207,7 +208,44 @@ impl Driver for Nvidia {
         unsafe { result::memset_d8_async(dst.0, 0, bytes, self.stream) }.map_err(failed("clear"))
     }
 
-    unsafe fn launch(&self, function: Function, grid: Grid, args: &[Arg]) -> Result<()> {
+    fn record(&self, launches: &[Launch]) -> Result<GraphId> {
+        self.enter()?;
+        use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is ours. While it captures, launches are noted down and not made.
+        unsafe {
+            result::stream::begin_capture(self.stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(failed("begin capture"))?;
+            let noted = launches.iter().try_for_each(|launch| self.launch(launch));
+            let graph = result::stream::end_capture(self.stream).map_err(failed("end capture"))?;
+            let made = noted.and_then(|()| {
+                result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).map_err(failed("instantiate graph"))
+            });
+            let _ = result::graph::destroy(graph); // the executable copy is what is launched
+            let mut table = self.table();
+            table.graphs.push(Some(made?));
+            Ok(GraphId(table.graphs.len() - 1))
+        }
+    }
+
+    unsafe fn replay(&self, graph: GraphId) -> Result<()> {
+        self.enter()?;
+        let graph = self.table().graphs[graph.0].ok_or_else(|| Error::device("replay", "the graph was forgotten"))?;
+        // SAFETY: the graph exists; the rest is the caller's.
+        unsafe { result::graph::launch(graph, self.stream) }.map_err(failed("launch graph"))
+    }
+
+    fn forget(&self, graph: GraphId) {
+        if let Some(graph) = self.table().graphs[graph.0].take() {
+            // A failure leaks a few kilobytes and means nothing else.
+            // SAFETY: it was ours, and is in the table no more.
+            unsafe {
+                let _ = self.enter();
+                let _ = result::graph::exec_destroy(graph);
+            }
+        }
+    }
+
+    unsafe fn launch(&self, launch: &Launch) -> Result<()> {
+        let Launch { function, grid, ref args } = *launch;
         self.enter()?;
         let function = self.table().functions[function.0].0;
         let mut packed = PackedArgs::new(args);

@@ -5,12 +5,12 @@
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_char, c_long, c_void};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use corosensei::stack::{DefaultStack, Stack};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
-use super::{Arg, DevicePtr, Driver, Function, Grid, PackedArgs};
+use super::{Arg, DevicePtr, Driver, Function, GraphId, Grid, Launch, PackedArgs};
 use crate::cpu::pool::Pool;
 use crate::error::{Error, Result};
 
@@ -116,6 +116,7 @@ struct KernelInfo {
 pub struct Simulator {
     pool: Pool,
     kernels: Vec<KernelInfo>,
+    graphs: Mutex<Vec<Option<Arc<[Launch]>>>>,
 }
 
 impl Simulator {
@@ -132,12 +133,16 @@ impl Simulator {
             };
             (0..llava_sim_n_kernels()).map(info).collect()
         };
-        Self { pool: Pool::new(n_threads), kernels }
+        Self { pool: Pool::new(n_threads), kernels, graphs: Mutex::default() }
     }
 
     /// Names of all kernels of this build.
     pub fn kernel_names(&self) -> impl Iterator<Item = &str> {
         self.kernels.iter().map(|k| k.name.to_str().expect("kernel names are ASCII"))
+    }
+
+    fn graphs(&self) -> MutexGuard<'_, Vec<Option<Arc<[Launch]>>>> {
+        self.graphs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn refuse(&self, function: Function, problem: impl std::fmt::Display) -> Error {
@@ -191,7 +196,24 @@ impl Driver for Simulator {
         Ok(())
     }
 
-    unsafe fn launch(&self, function: Function, grid: Grid, args: &[Arg]) -> Result<()> {
+    fn record(&self, launches: &[Launch]) -> Result<GraphId> {
+        let mut graphs = self.graphs();
+        graphs.push(Some(launches.into()));
+        Ok(GraphId(graphs.len() - 1))
+    }
+
+    unsafe fn replay(&self, graph: GraphId) -> Result<()> {
+        let launches = self.graphs()[graph.0].clone().ok_or_else(|| Error::device("replay", "the graph was forgotten"))?;
+        // SAFETY: the caller's.
+        launches.iter().try_for_each(|launch| unsafe { self.launch(launch) })
+    }
+
+    fn forget(&self, graph: GraphId) {
+        self.graphs()[graph.0] = None;
+    }
+
+    unsafe fn launch(&self, launch: &Launch) -> Result<()> {
+        let Launch { function, grid, ref args } = *launch;
         let kernel = &self.kernels[function.0];
         let signature: String = args.iter().map(|a| a.kind()).collect();
         if signature != kernel.signature {
