@@ -1,208 +1,340 @@
-//! The small ops against naive f64, on hostile shapes; and what they refuse. (`linear` and `attention`: `src/cpu/*_tests.rs`.)
+//! The small ops against naive f64 on every device, on hostile shapes; and what they refuse. (`linear` and `attention`:
+//! `src/cpu/*_tests.rs`.)
 
 mod reference;
 mod support;
 
-use half::{bf16, f16};
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
 use llava_engine::ops::{Heads, KvLayer, Ops, RopeTable, RowCopy, Span};
 use llava_engine::tensor::Tensor;
+use reference::rows::{exact, naive_f32};
+use reference::{Errors, random};
+use support::devices::{TestDevice, devices, rounded, simulators};
 use support::{Bound, assert_close};
 
 /// Rows, and their width: one, fewer than a task, a task and a bit, many; and widths that no vector divides.
 const SHAPES: [(usize, usize); 8] = [(1, 1), (1, 8), (2, 3), (3, 111), (8, 16), (9, 577), (111, 24), (577, 40)];
+/// One of more columns than a block of any kernel takes at once.
+const WIDE: (usize, usize) = (2, 1096);
 
 /// A few roundings of f32 next to values of order one.
 const F32: Bound = Bound { abs: 1e-6, rel_to_max: 4e-7 };
 
-fn cpus() -> [Cpu; 2] {
-    [1, 3].map(|threads| Cpu::new(threads, DType::F32).unwrap())
+/// Checks a result against the exact one: in f32 by `bound`, in 16 bits by twice the error of the naive f32 result rounded to them.
+fn check(device: &TestDevice, what: &str, got: &[f32], exact: &[f64], naive: &[f32], bound: Bound) {
+    let what = format!("{what} on {}", device.name);
+    if device.dtype == DType::F32 {
+        assert_close(&what, got, &exact.iter().map(|&v| v as f32).collect::<Vec<_>>(), bound);
+    } else {
+        let naive = Errors::of(&device.round(naive), exact);
+        Errors::of(got, exact).check_twice_rounded(naive, device.epsilon(), &what);
+    }
 }
 
-fn noise(shape: &[usize], seed: u64) -> Tensor {
-    Tensor::from_slice(shape, &reference::random(shape.iter().product(), seed))
-}
-
-fn f64s(t: &Tensor) -> Vec<f64> {
-    t.to_f32().into_iter().map(f64::from).collect()
-}
-
-fn f32s(values: impl IntoIterator<Item = f64>) -> Vec<f32> {
-    values.into_iter().map(|v| v as f32).collect()
+/// Without the many rows for the simulator: to kernels, each is a block of its own.
+fn shapes(device: &TestDevice) -> impl Iterator<Item = (usize, usize)> {
+    let most = if device.name.starts_with("sim") { 111 } else { usize::MAX };
+    SHAPES.into_iter().chain([WIDE]).filter(move |&(rows, _)| rows <= most)
 }
 
 #[test]
 fn rms_norm_is_the_equation() {
-    for (tokens, hidden) in SHAPES {
-        let (x, w) = (noise(&[tokens, hidden], 1), noise(&[hidden], 2));
-        let (xs, ws) = (f64s(&x), f64s(&w));
-        let expected = f32s(xs.chunks(hidden).flat_map(|row| {
-            let rstd = 1.0 / (row.iter().map(|v| v * v).sum::<f64>() / hidden as f64 + 1e-5).sqrt();
-            row.iter().zip(&ws).map(move |(x, w)| x * rstd * w)
-        }));
-        for cpu in cpus() {
-            let mut y = Tensor::zeros(&[tokens, hidden], DType::F32);
-            cpu.rms_norm(&mut y, &x, &w, 1e-5).unwrap();
-            assert_close(&format!("rms_norm {tokens}x{hidden}"), y.as_slice(), &expected, F32);
+    for device in devices() {
+        for (tokens, hidden) in shapes(&device) {
+            let (x, w) = (device.round(&random(tokens * hidden, 1)), random(hidden, 2));
+            let mut y = device.blank(&[tokens, hidden]);
+            device.ops.rms_norm(&mut y, &device.put(&[tokens, hidden], &x), &device.put_f32(&[hidden], &w), 1e-5).unwrap();
+            let (exact, naive) = (exact::rms_norm(&x, &w, 1e-5), naive_f32::rms_norm(&x, &w, 1e-5));
+            check(&device, &format!("rms_norm {tokens}x{hidden}"), &device.get(&y), &exact, &naive, F32);
         }
     }
 }
 
 #[test]
 fn layer_norm_is_the_equation_even_far_from_zero() {
-    for ((tokens, hidden), offset) in SHAPES.into_iter().flat_map(|s| [(s, 0.0f32), (s, 100.0)]) {
-        let shifted: Vec<f32> = noise(&[tokens, hidden], 3).to_f32().iter().map(|v| v + offset).collect();
-        let (x, w, b) = (Tensor::from_slice(&[tokens, hidden], &shifted), noise(&[hidden], 4), noise(&[hidden], 5));
-        let (xs, ws, bs) = (f64s(&x), f64s(&w), f64s(&b));
-        let expected = f32s(xs.chunks(hidden).flat_map(|row| {
-            let mean = row.iter().sum::<f64>() / hidden as f64;
-            let rstd = 1.0 / (row.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / hidden as f64 + 1e-5).sqrt();
-            row.iter().zip(&ws).zip(&bs).map(move |((x, w), b)| (x - mean) * rstd * w + b)
-        }));
-        // A mean of 100 is known to half a unit in its last place, 4e-6; rstd of such rows is below 4.
-        let bound = if offset == 0.0 { F32 } else { Bound::abs(4e-5) };
-        // One element: its variance is nothing but rounding, blown up by 1/sqrt(eps).
-        let bound = if hidden == 1 { Bound::abs(2e-3) } else { bound };
-        for cpu in cpus() {
-            let mut y = Tensor::zeros(&[tokens, hidden], DType::F32);
-            cpu.layer_norm(&mut y, &x, &w, &b, 1e-5).unwrap();
-            assert_close(&format!("layer_norm {tokens}x{hidden} around {offset}"), y.as_slice(), &expected, bound);
+    for device in devices() {
+        for ((tokens, hidden), offset) in shapes(&device).flat_map(|s| [(s, 0.0f32), (s, 100.0)]) {
+            let shifted: Vec<f32> = random(tokens * hidden, 3).iter().map(|v| v + offset).collect();
+            let (x, w, b) = (device.round(&shifted), random(hidden, 4), random(hidden, 5));
+            // A mean of 100 is known to half a unit in its last place, 4e-6; rstd of such rows is below 4.
+            let bound = if offset == 0.0 { F32 } else { Bound::abs(4e-5) };
+            // One element: its variance is nothing but rounding, blown up by 1/sqrt(eps).
+            let bound = if hidden == 1 { Bound::abs(2e-3) } else { bound };
+            let mut y = device.blank(&[tokens, hidden]);
+            let (w_there, b_there) = (device.put_f32(&[hidden], &w), device.put_f32(&[hidden], &b));
+            device.ops.layer_norm(&mut y, &device.put(&[tokens, hidden], &x), &w_there, &b_there, 1e-5).unwrap();
+            let (exact, naive) = (exact::layer_norm(&x, &w, &b, 1e-5), naive_f32::layer_norm(&x, &w, &b, 1e-5));
+            check(&device, &format!("layer_norm {tokens}x{hidden} around {offset}"), &device.get(&y), &exact, &naive, bound);
         }
     }
 }
 
 #[test]
 fn silu_mul_is_the_equation() {
-    for (tokens, n) in SHAPES {
-        let gate_up =
-            Tensor::from_slice(&[tokens, 2 * n], &noise(&[tokens, 2 * n], 6).to_f32().iter().map(|v| 20.0 * v).collect::<Vec<_>>());
-        let expected = f32s(f64s(&gate_up).chunks(2 * n).flat_map(|row| {
-            let (gate, up) = row.split_at(n);
-            gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect::<Vec<_>>()
-        }));
-        for cpu in cpus() {
-            let mut y = Tensor::zeros(&[tokens, n], DType::F32);
-            cpu.silu_mul(&mut y, &gate_up).unwrap();
-            assert_close(&format!("silu_mul {tokens}x{n}"), y.as_slice(), &expected, F32);
+    for device in devices() {
+        for (tokens, n) in shapes(&device) {
+            let gate_up = device.round(&random(tokens * 2 * n, 6).iter().map(|v| 20.0 * v).collect::<Vec<_>>());
+            let mut y = device.blank(&[tokens, n]);
+            device.ops.silu_mul(&mut y, &device.put(&[tokens, 2 * n], &gate_up)).unwrap();
+            let (exact, naive) = (exact::silu_mul(&gate_up, n), naive_f32::silu_mul(&gate_up, n));
+            check(&device, &format!("silu_mul {tokens}x{n}"), &device.get(&y), &exact, &naive, F32);
         }
+        // Where e^−gate has no f32.
+        let mut y = device.blank(&[1, 4]);
+        device.ops.silu_mul(&mut y, &device.put(&[1, 8], &[-200.0, -90.0, 90.0, 200.0, 1.0, 1.0, 1.0, 1.0])).unwrap();
+        assert_eq!(device.get(&y), [0.0, 0.0, 90.0, 200.0], "{}", device.name);
     }
 }
 
 #[test]
-fn embed_gathers_rows_of_any_dtype() {
-    let table = noise(&[7, 5], 7);
-    let ids = [6, 0, 3, 3];
-    for dtype in [DType::F32, DType::F16, DType::Bf16] {
-        let table = table.converted(dtype);
-        let mut y = Tensor::zeros(&[4, 5], DType::F32);
-        cpus()[0].embed(&mut y, &table, &ids).unwrap();
-        let expected: Vec<f32> = ids.iter().flat_map(|&id| table.to_f32()[id as usize * 5..][..5].to_vec()).collect();
-        assert_eq!(y.as_slice::<f32>(), expected);
+fn embed_gathers_rows() {
+    for device in devices() {
+        for hidden in [1, 5, 8, 24, 1096] {
+            let table = device.round(&random(7 * hidden, 7));
+            let ids = [6, 0, 3, 3];
+            let mut y = device.blank(&[4, hidden]);
+            device.ops.embed(&mut y, &device.put(&[7, hidden], &table), &ids).unwrap();
+            let expected: Vec<f32> = ids.iter().flat_map(|&id| &table[id as usize * hidden..][..hidden]).copied().collect();
+            assert_eq!(device.get(&y), expected, "{} {hidden}", device.name);
+        }
+        let error = device.ops.embed(&mut device.blank(&[1, 5]), &device.blank(&[7, 5]), &[7]).unwrap_err();
+        assert_eq!(error.to_string(), "embed: token id is 7, expected \"below 7\"");
     }
-    let error = cpus()[0].embed(&mut Tensor::zeros(&[1, 5], DType::F32), &table, &[7]).unwrap_err();
-    assert_eq!(error.to_string(), "embed: token id is 7, expected \"below 7\"");
+}
+
+/// The CPU reads tables as checkpoints store them; other devices have them in their own dtype.
+#[test]
+fn the_cpu_embeds_from_tables_of_any_dtype() {
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        let table = Tensor::from_slice(&[7, 5], &random(35, 7)).converted(dtype);
+        let mut y = Tensor::zeros(&[2, 5], DType::F32);
+        Cpu::new(1, DType::F32).unwrap().embed(&mut y, &table, &[6, 2]).unwrap();
+        assert_eq!(y.as_slice::<f32>(), [&table.to_f32()[30..35], &table.to_f32()[10..15]].concat());
+    }
 }
 
 #[test]
 fn patchify_lays_a_patch_out_by_channel_row_column() {
-    let (images, side, patch) = (2, 6, 3);
-    let pixels = noise(&[images, 3, side, side], 8);
-    let at = |image: usize, c: usize, y: usize, x: usize| pixels.as_slice::<f32>()[((image * 3 + c) * side + y) * side + x];
-    let mut got = Tensor::zeros(&[images * 4, 27], DType::F32);
-    cpus()[0].patchify(&mut got, &pixels, patch).unwrap();
-    for (row, values) in got.as_slice::<f32>().chunks(27).enumerate() {
-        let (image, top, left) = (row / 4, row % 4 / 2 * patch, row % 2 * patch);
-        for (i, &value) in values.iter().enumerate() {
-            assert_eq!(value, at(image, i / 9, top + i / 3 % 3, left + i % 3));
+    for device in devices() {
+        for (height, width, patch) in [(6, 6, 3), (4, 12, 4), (28, 14, 14)] {
+            let (images, columns, n) = (2, width / patch, 3 * patch * patch);
+            let n_patches = height / patch * columns;
+            let pixels = random(images * 3 * height * width, 8);
+            let at = |image: usize, c: usize, y: usize, x: usize| pixels[((image * 3 + c) * height + y) * width + x];
+            let there = device.put_f32(&[images, 3, height, width], &pixels);
+            let mut got = device.blank(&[images * n_patches, n]);
+            device.ops.patchify(&mut got, &there, patch).unwrap();
+            for (row, values) in device.get(&got).chunks(n).enumerate() {
+                let (image, top, left) = (row / n_patches, row % n_patches / columns * patch, row % columns * patch);
+                for (i, &value) in values.iter().enumerate() {
+                    let (c, y, x) = (i / (patch * patch), top + i / patch % patch, left + i % patch);
+                    assert_eq!(value, rounded(at(image, c, y, x), device.dtype), "{}: {row}, {i}", device.name);
+                }
+            }
+            assert!(device.ops.patchify(&mut got, &there, 5).is_err());
         }
     }
-    assert!(cpus()[0].patchify(&mut got, &pixels, 4).is_err());
 }
 
 #[test]
 fn clip_embed_puts_the_class_token_first() {
-    let (patches, class, positions) = (noise(&[6, 4], 9), noise(&[4], 10), noise(&[4, 4], 11));
-    let mut y = Tensor::zeros(&[8, 4], DType::F32);
-    cpus()[0].clip_embed(&mut y, &patches, &class, &positions).unwrap();
-    let (p, c, pos) = (patches.to_f32(), class.to_f32(), positions.to_f32());
-    for (row, values) in y.as_slice::<f32>().chunks(4).enumerate() {
-        let (image, token) = (row / 4, row % 4);
-        for (i, &value) in values.iter().enumerate() {
-            let base = if token == 0 { c[i] } else { p[(image * 3 + token - 1) * 4 + i] };
-            assert_eq!(value, base + pos[token * 4 + i]);
+    for device in devices() {
+        for (images, n_patches, hidden) in [(2, 3, 4), (1, 1, 1), (3, 2, 111), (2, 5, 1096)] {
+            let (class, pos) = (random(hidden, 10), random((n_patches + 1) * hidden, 11));
+            let p = device.round(&random(images * n_patches * hidden, 9));
+            let patches = device.put(&[images * n_patches, hidden], &p);
+            let positions = device.put_f32(&[n_patches + 1, hidden], &pos);
+            let mut y = device.blank(&[images * (n_patches + 1), hidden]);
+            device.ops.clip_embed(&mut y, &patches, &device.put_f32(&[hidden], &class), &positions).unwrap();
+            for (row, values) in device.get(&y).chunks(hidden).enumerate() {
+                let (image, token) = (row / (n_patches + 1), row % (n_patches + 1));
+                for (i, &value) in values.iter().enumerate() {
+                    let base = if token == 0 { class[i] } else { p[(image * n_patches + token - 1) * hidden + i] };
+                    assert_eq!(value, rounded(base + pos[token * hidden + i], device.dtype), "{}: {row}, {i}", device.name);
+                }
+            }
         }
     }
 }
 
 #[test]
 fn copy_rows_touches_only_its_rows() {
-    let src = noise(&[5, 3], 12);
-    let mut dst = Tensor::from_slice(&[6, 3], &[7.0f32; 18]);
-    let copies = [RowCopy { dst: 4, src: 0, n_rows: 2 }, RowCopy { dst: 1, src: 3, n_rows: 1 }];
-    cpus()[0].copy_rows(&mut dst, &src, &copies).unwrap();
-    let (got, s) = (dst.as_slice::<f32>(), src.as_slice::<f32>());
-    assert_eq!((&got[12..], &got[3..6]), (&s[..6], &s[9..12]));
-    assert!(got[..3].iter().chain(&got[6..12]).all(|&v| v == 7.0));
-    assert!(cpus()[0].copy_rows(&mut dst, &src, &[RowCopy { dst: 5, src: 0, n_rows: 2 }]).is_err());
+    for device in devices() {
+        for width in [1, 3, 8, 1096] {
+            let values = device.round(&random(5 * width, 12));
+            let src = device.put(&[5, width], &values);
+            let mut dst = device.blank(&[6, width]);
+            // The first row of the first copy is overwritten by the last.
+            let copies = [
+                RowCopy { dst: 4, src: 0, n_rows: 2 },
+                RowCopy { dst: 1, src: 3, n_rows: 1 },
+                RowCopy { dst: 0, src: 0, n_rows: 0 },
+                RowCopy { dst: 4, src: 4, n_rows: 1 },
+            ];
+            device.ops.copy_rows(&mut dst, &src, &copies).unwrap();
+            let (got, row) = (device.get(&dst), |i: usize| &values[i * width..(i + 1) * width]);
+            assert_eq!(got[width..2 * width], *row(3), "{}", device.name);
+            assert_eq!(got[4 * width..], [row(4), row(1)].concat(), "{}", device.name);
+            assert!(got[..width].iter().chain(&got[2 * width..4 * width]).all(|&v| v == 77.0));
+            assert!(device.ops.copy_rows(&mut dst, &src, &[RowCopy { dst: 5, src: 0, n_rows: 2 }]).is_err());
+        }
+    }
 }
 
-/// Two sequences whose pages lie in no order, one of them with a past that ends within a page.
-#[test]
-fn rope_append_rotates_in_place_and_fills_the_pages() {
-    let heads = Heads { n_heads: 4, n_kv_heads: 2, head_dim: 8 };
-    let (page_tokens, n_pages) = (4, 5);
-    let angle = |position: usize, i: usize| position as f64 * 10f64.powf(-(i as f64) / 4.0);
-    let angles = || (0..16).flat_map(|p| (0..4).map(move |i| (p, i)));
-    let table = |f: fn(f64) -> f64| Tensor::from_slice(&[16, 4], &f32s(angles().map(|(p, i)| f(angle(p, i)))));
-    let rope = RopeTable { cos: table(f64::cos), sin: table(f64::sin) };
-    let spans =
-        [Span { first_row: 0, n_rows: 3, past: 3, pages: &[4, 1] }, Span { first_row: 3, n_rows: 9, past: 0, pages: &[0, 3, 2] }];
-    let before = noise(&[12, heads.qkv_width()], 13);
-    for dtype in [DType::F32, DType::F16, DType::Bf16] {
-        let shape = [n_pages, heads.n_kv_heads, page_tokens, heads.head_dim];
-        let mut kv = KvLayer { k: Tensor::zeros(&shape, dtype), v: Tensor::zeros(&shape, dtype) };
-        let mut qkv = Tensor::from_slice(before.shape(), before.as_slice::<f32>());
-        cpus()[1].rope_append(&mut qkv, &mut kv, &rope, &spans, heads).unwrap();
-        let rounded = |v: f64| match dtype {
-            DType::F16 => f16::from_f64(v).to_f64(),
-            DType::Bf16 => bf16::from_f64(v).to_f64(),
-            _ => v,
+/// Rotary embedding on a device, with a cache of `dtype`.
+struct Rope<'a> {
+    heads: Heads,
+    page_tokens: usize,
+    dtype: DType,
+    spans: &'a [Span<'a>],
+}
+
+impl Rope<'_> {
+    const ROWS: usize = 14;
+    const POSITIONS: usize = 16;
+    const N_PAGES: usize = 17;
+
+    fn check(&self, device: &TestDevice) {
+        let Heads { n_heads, n_kv_heads, head_dim: d } = self.heads;
+        let (half, width, q_width) = (d / 2, self.heads.qkv_width(), self.heads.q_width());
+        let what = format!("{:?}, pages of {} in {} on {}", self.heads, self.page_tokens, self.dtype, device.name);
+        let angle = |f: fn(f64) -> f64| -> Vec<f32> {
+            let angles =
+                (0..Self::POSITIONS).flat_map(|p| (0..half).map(move |i| p as f64 * 10f64.powf(-(i as f64) / half as f64)));
+            angles.map(|a| f(a) as f32).collect()
         };
-        // Where rounding to the cache's dtype may fall to the other side.
-        let ulp = if dtype == DType::F32 { 1e-6 } else { 0.01 };
-        let (x, y, k, v) = (f64s(&before), f64s(&qkv), f64s(&kv.k), f64s(&kv.v));
-        let mut written = 0;
-        for span in &spans {
+        let (cos, sin) = (angle(f64::cos), angle(f64::sin));
+        let table = |values: &[f32]| device.put_f32(&[Self::POSITIONS, half], values);
+        let rope = RopeTable { cos: table(&cos), sin: table(&sin) };
+        let shape = [Self::N_PAGES, n_kv_heads, self.page_tokens, d];
+        let blank = vec![77.0; shape.iter().product()];
+        let cache = || device.ops.upload(Tensor::from_slice(&shape, &blank).converted(self.dtype)).unwrap();
+        let mut kv = KvLayer { k: cache(), v: cache() };
+        let before = device.round(&random(Self::ROWS * width, 13));
+        let mut qkv = device.put(&[Self::ROWS, width], &before);
+        device.ops.rope_append(&mut qkv, &mut kv, &rope, self.spans, self.heads).unwrap();
+        let after = device.get(&qkv);
+
+        let (mut turned, mut exactly, mut naively) = (Vec::new(), Vec::new(), Vec::new());
+        // What should be in all other places, and in the cache.
+        let (mut rest, mut k, mut v) = (before.clone(), blank.clone(), blank);
+        for span in self.spans {
             for r in 0..span.n_rows {
-                let (position, row) = (span.past + r, (span.first_row + r) * heads.qkv_width());
-                for head in 0..6 {
-                    for i in 0..4 {
-                        let (a, b) = (x[row + head * 8 + i], x[row + head * 8 + 4 + i]);
-                        let (sin, cos) = angle(position, i).sin_cos();
-                        let turned = [(i, a * cos - b * sin), (i + 4, b * cos + a * sin)];
-                        for (at, expected) in turned {
-                            assert!((y[row + head * 8 + at] - expected).abs() < 2e-6);
-                            if head >= 4 {
-                                let slot = ((span.pages[position / 4] as usize * 2 + head - 4) * 4 + position % 4) * 8 + at;
-                                let value = x[row + 32 + 16 + (head - 4) * 8 + at];
-                                assert!((k[slot] - rounded(expected)).abs() < ulp && v[slot] == rounded(value), "{dtype}");
-                                written += 1;
-                            }
-                        }
+                let (position, row) = (span.past + r, (span.first_row + r) * width);
+                let angles = position * half..(position + 1) * half;
+                for head in 0..n_heads + n_kv_heads {
+                    let x = row + head * d..row + (head + 1) * d;
+                    turned.extend(&after[x.clone()]);
+                    exactly.extend(exact::rotate(&before[x.clone()], &cos[angles.clone()], &sin[angles.clone()]));
+                    naively.extend(naive_f32::rotate(&before[x.clone()], &cos[angles.clone()], &sin[angles.clone()]));
+                    rest[x.clone()].copy_from_slice(&after[x]);
+                }
+                let page = span.pages[position / self.page_tokens] as usize;
+                for head in 0..n_kv_heads {
+                    let slot = ((page * n_kv_heads + head) * self.page_tokens + position % self.page_tokens) * d;
+                    let key = row + q_width + head * d;
+                    for i in 0..d {
+                        k[slot + i] = rounded(after[key + i], self.dtype);
+                        v[slot + i] = rounded(before[key + self.heads.kv_width() + i], self.dtype);
                     }
                 }
             }
         }
-        assert_eq!(
-            y.chunks(64).flat_map(|r| &r[48..]).collect::<Vec<_>>(),
-            x.chunks(64).flat_map(|r| &r[48..]).collect::<Vec<_>>()
-        );
-        assert!(v.iter().filter(|v| **v != 0.0).count() <= written, "something was written outside the sequences");
+        check(device, &what, &turned, &exactly, &naively, Bound::abs(2e-6));
+        assert!(after == rest, "{what}: values, or rows of no span, were touched");
+        assert!(device.get(&kv.k) == k, "{what}: keys");
+        assert!(device.get(&kv.v) == v, "{what}: values");
     }
-    let short = [Span { first_row: 0, n_rows: 12, past: 0, pages: &[0, 1] }];
-    let mut kv = KvLayer { k: Tensor::zeros(&[5, 2, 4, 8], DType::F32), v: Tensor::zeros(&[5, 2, 4, 8], DType::F32) };
-    let mut qkv = Tensor::from_slice(before.shape(), before.as_slice::<f32>());
-    let error = cpus()[0].rope_append(&mut qkv, &mut kv, &rope, &short, heads).unwrap_err();
-    assert!(error.to_string().contains("pages of a span"), "{error}");
+}
+
+/// Sequences whose pages lie in no order, one with a past that ends within a page, one empty; and rows of none.
+#[test]
+fn rope_append_rotates_in_place_and_fills_the_pages() {
+    let pages: [&[u32]; 3] = [&[4, 1], &[0, 3, 2], &[16, 2, 5, 3, 15, 0, 1, 12, 11]];
+    let by_fours = [
+        Span { first_row: 1, n_rows: 3, past: 3, pages: pages[0] },
+        Span { first_row: 4, n_rows: 0, past: 0, pages: &[] },
+        Span { first_row: 4, n_rows: 9, past: 0, pages: pages[1] },
+    ];
+    let by_one = [Span { first_row: 5, n_rows: 7, past: 2, pages: pages[2] }];
+    let heads = |n_heads, n_kv_heads, head_dim| Heads { n_heads, n_kv_heads, head_dim };
+    for device in devices() {
+        let dtypes = if device.name.starts_with("cpu") { vec![DType::F32, DType::F16, DType::Bf16] } else { vec![device.dtype] };
+        for dtype in dtypes {
+            for heads in [heads(4, 2, 8), heads(1, 1, 16), heads(3, 1, 24), heads(2, 2, 80), heads(8, 8, 128)] {
+                Rope { heads, page_tokens: 4, dtype, spans: &by_fours }.check(&device);
+                Rope { heads, page_tokens: 1, dtype, spans: &by_one }.check(&device);
+            }
+        }
+    }
+}
+
+#[test]
+fn rope_append_refuses_spans_without_room() {
+    let heads = Heads { n_heads: 4, n_kv_heads: 2, head_dim: 8 };
+    for device in devices() {
+        let mut kv = KvLayer { k: device.blank(&[5, 2, 4, 8]), v: device.blank(&[5, 2, 4, 8]) };
+        let mut qkv = device.blank(&[12, heads.qkv_width()]);
+        let table = |positions: usize| RopeTable {
+            cos: device.put_f32(&[positions, 4], &vec![1.0; positions * 4]),
+            sin: device.put_f32(&[positions, 4], &vec![0.0; positions * 4]),
+        };
+        let mut refused = |positions: usize, pages: &[u32]| {
+            let spans = [Span { first_row: 0, n_rows: 12, past: 0, pages }];
+            device.ops.rope_append(&mut qkv, &mut kv, &table(positions), &spans, heads).unwrap_err().to_string()
+        };
+        assert!(refused(16, &[0, 1]).contains("pages of a span"));
+        assert!(refused(16, &[0, 1, 5]).contains("page is 5"));
+        assert!(refused(11, &[0, 1, 2]).contains("cos"));
+    }
+}
+
+#[test]
+fn nothing_is_done_for_no_rows() {
+    let heads = Heads { n_heads: 1, n_kv_heads: 1, head_dim: 8 };
+    for device in devices() {
+        let (none, w) = (|width| device.put(&[0, width], &[]), device.put_f32(&[8], &[1.0; 8]));
+        let ops = &device.ops;
+        ops.rms_norm(&mut none(8), &none(8), &w, 1e-5).unwrap();
+        ops.layer_norm(&mut none(8), &none(8), &w, &w, 1e-5).unwrap();
+        ops.silu_mul(&mut none(8), &none(16)).unwrap();
+        ops.embed(&mut none(8), &device.blank(&[3, 8]), &[]).unwrap();
+        ops.patchify(&mut none(12), &device.put_f32(&[0, 3, 4, 4], &[]), 2).unwrap();
+        ops.clip_embed(&mut none(8), &none(8), &w, &device.put_f32(&[2, 8], &[0.0; 16])).unwrap();
+        ops.copy_rows(&mut none(8), &none(8), &[]).unwrap();
+        let mut kv = KvLayer { k: device.blank(&[1, 1, 4, 8]), v: device.blank(&[1, 1, 4, 8]) };
+        let rope = RopeTable { cos: device.put_f32(&[1, 4], &[1.0; 4]), sin: device.put_f32(&[1, 4], &[0.0; 4]) };
+        ops.rope_append(&mut none(24), &mut kv, &rope, &[], heads).unwrap();
+    }
+}
+
+/// Kernels would read such tensors as what they are not.
+#[test]
+fn kernels_are_not_launched_on_other_dtypes_or_host_tensors() {
+    for device in simulators() {
+        let other = if device.dtype == DType::F16 { DType::Bf16 } else { DType::F16 };
+        let there = |shape: &[usize], dtype| device.ops.alloc(shape, dtype).unwrap();
+        let (own, own2) = (device.dtype, || there(&[4, 16], device.dtype));
+        let (w, w_other) = (there(&[16], DType::F32), there(&[16], other));
+        let host = || Tensor::zeros(&[4, 16], own);
+        let refused = |result: llava_engine::error::Result<()>, word: &str| {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains(word), "{}: {error}", device.name);
+        };
+        let ops = &device.ops;
+        refused(ops.rms_norm(&mut own2(), &own2(), &w_other, 1e-5), "dtype of w");
+        refused(ops.rms_norm(&mut own2(), &host(), &w, 1e-5), "of the host");
+        refused(ops.silu_mul(&mut there(&[4, 8], other), &own2()), "dtype of y");
+        refused(ops.silu_mul(&mut there(&[4, 8], own), &host()), "of the host");
+        refused(ops.embed(&mut there(&[2, 16], own), &there(&[4, 16], other), &[0, 1]), "dtype of table");
+        refused(ops.patchify(&mut there(&[1, 12], own), &there(&[1, 3, 2, 2], other), 2), "dtype of pixels");
+        refused(ops.clip_embed(&mut own2(), &there(&[2, 16], own), &w_other, &there(&[2, 16], DType::F32)), "dtype of class");
+        refused(ops.copy_rows(&mut there(&[4, 16], other), &there(&[4, 16], other), &[]), "dtype of dst");
+        refused(ops.copy_rows(&mut host(), &own2(), &[]), "of the host");
+        let heads = Heads { n_heads: 1, n_kv_heads: 1, head_dim: 8 };
+        let mut kv = KvLayer { k: there(&[1, 1, 4, 8], other), v: there(&[1, 1, 4, 8], other) };
+        let rope = RopeTable { cos: there(&[4, 4], DType::F32), sin: there(&[4, 4], DType::F32) };
+        refused(ops.rope_append(&mut there(&[4, 24], own), &mut kv, &rope, &[], heads), "dtype of key cache");
+    }
 }

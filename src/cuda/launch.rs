@@ -22,6 +22,12 @@ macro_rules! kernels {
 kernels! {
     RmsNorm "rms_norm_fwd"
     LayerNorm "layer_norm_fwd"
+    SiluMul "silu_mul_fwd"
+    Embed "embed_fwd"
+    CopyRows "copy_rows_fwd"
+    Patchify "patchify_fwd"
+    ClipEmbed "clip_embed_fwd"
+    RopeAppend "rope_append_fwd"
 }
 
 /// The kernels of one dtype, found once.

@@ -1,49 +1,177 @@
 //! Launches of `kernels/activation.cu`, `kernels/embed.cu` and `kernels/rope.cu`.
 
+use std::collections::BTreeMap;
+
 use super::Cuda;
-use crate::error::{Error, Result};
-use crate::ops::{Heads, KvLayer, RopeTable, RowCopy, Span};
+use super::driver::{Arg, Grid};
+use super::launch::{Kernel, address, int};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::ops::{Heads, KvLayer, RopeTable, RowCopy, Span, check};
 use crate::tensor::Tensor;
 
-fn missing<T>(op: &str) -> Result<T> {
-    Err(Error::Unsupported(format!("{op} has no kernel yet")))
+/// Threads of a block, in all kernels here.
+const THREADS: usize = 128;
+/// Bytes that a thread moves at once.
+const VECTOR_BYTES: usize = 16;
+
+/// `rows` blocks in x, of which there may be 2³¹ − 1, and `parts` in y, of which there may be 65535.
+fn grid(rows: usize, parts: usize) -> Grid {
+    Grid { blocks: [rows, parts, 1], threads: THREADS, shared_bytes: 0 }
 }
 
 impl Cuda {
+    /// Elements of a 16-byte vector of activations.
+    fn vector(&self) -> usize {
+        VECTOR_BYTES / self.dtype.size()
+    }
+
     /// [`Ops::silu_mul`](crate::ops::Ops::silu_mul)
-    pub(super) fn silu_mul(&self, _y: &mut Tensor, _gate_up: &Tensor) -> Result<()> {
-        missing("silu_mul")
+    pub(super) fn silu_mul(&self, y: &mut Tensor, gate_up: &Tensor) -> Result<()> {
+        const OP: &str = "silu_mul";
+        check::silu_mul(y, gate_up)?;
+        check::dtype(OP, "y", y, self.dtype)?;
+        check::dtype(OP, "gate_up", gate_up, self.dtype)?;
+        let args = [Arg::Ptr(address(OP, "y", y)?), Arg::Ptr(address(OP, "gate_up", gate_up)?), int(OP, "n", y.row_len())?];
+        if y.is_empty() {
+            return Ok(());
+        }
+        let parts = y.row_len().div_ceil(THREADS * self.vector());
+        // SAFETY: the arguments are the kernel's; y has `rows` rows of n, gate_up as many of 2n (just checked).
+        unsafe { self.launch(Kernel::SiluMul, grid(y.rows(), parts), &args) }
     }
 
     /// [`Ops::embed`](crate::ops::Ops::embed)
-    pub(super) fn embed(&self, _y: &mut Tensor, _table: &Tensor, _ids: &[u32]) -> Result<()> {
-        missing("embed")
+    pub(super) fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
+        const OP: &str = "embed";
+        check::embed(y, table, ids)?;
+        check::dtype(OP, "y", y, self.dtype)?;
+        check::dtype(OP, "table", table, self.dtype)?;
+        let (y_ptr, table_ptr) = (address(OP, "y", y)?, address(OP, "table", table)?);
+        int(OP, "rows of table", table.rows())?;
+        let hidden = int(OP, "hidden", y.row_len())?;
+        if y.is_empty() {
+            return Ok(());
+        }
+        let words = ids.iter().map(|&id| id as i32).collect();
+        self.with_ints(words, |ids| {
+            // SAFETY: the arguments are the kernel's; y has a row of `hidden` for each id, and the table one for each value that an
+            // id may have (just checked).
+            unsafe { self.launch(Kernel::Embed, grid(y.rows(), 1), &[Arg::Ptr(y_ptr), Arg::Ptr(table_ptr), Arg::Ptr(ids), hidden]) }
+        })
     }
 
     /// [`Ops::patchify`](crate::ops::Ops::patchify)
-    pub(super) fn patchify(&self, _y: &mut Tensor, _pixels: &Tensor, _patch_size: usize) -> Result<()> {
-        missing("patchify")
+    pub(super) fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
+        const OP: &str = "patchify";
+        let [_, height, width] = check::patchify(y, pixels, patch_size)?;
+        check::dtype(OP, "y", y, self.dtype)?;
+        check::dtype(OP, "pixels", pixels, DType::F32)?;
+        // Block numbers and indices within a picture are ints in the kernel.
+        int(OP, "rows of y", y.rows())?;
+        int(OP, "size of a picture", 3 * height * width)?;
+        let args = [
+            Arg::Ptr(address(OP, "y", y)?),
+            Arg::Ptr(address(OP, "pixels", pixels)?),
+            int(OP, "height", height)?,
+            int(OP, "width", width)?,
+            int(OP, "patch size", patch_size)?,
+        ];
+        if y.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the arguments are the kernel's; y has a row of 3·p·p for each patch, and p divides both sides (just checked).
+        unsafe { self.launch(Kernel::Patchify, grid(y.rows(), 1), &args) }
     }
 
     /// [`Ops::clip_embed`](crate::ops::Ops::clip_embed)
-    pub(super) fn clip_embed(&self, _y: &mut Tensor, _patches: &Tensor, _class: &Tensor, _positions: &Tensor) -> Result<()> {
-        missing("clip_embed")
+    pub(super) fn clip_embed(&self, y: &mut Tensor, patches: &Tensor, class: &Tensor, positions: &Tensor) -> Result<()> {
+        const OP: &str = "clip_embed";
+        check::clip_embed(y, patches, class, positions)?;
+        let (own, f32) = (self.dtype, DType::F32);
+        let mut args = Vec::new();
+        for (what, tensor, dtype) in
+            [("y", &*y, own), ("patches", patches, own), ("class", class, f32), ("positions", positions, f32)]
+        {
+            check::dtype(OP, what, tensor, dtype)?;
+            args.push(Arg::Ptr(address(OP, what, tensor)?));
+        }
+        args.extend([int(OP, "positions", positions.rows())?, int(OP, "hidden", y.row_len())?]);
+        int(OP, "rows of y", y.rows())?;
+        if y.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the arguments are the kernel's; y has a row of `hidden` for each position of each picture, patches one less for each
+        // picture, class one (just checked).
+        unsafe { self.launch(Kernel::ClipEmbed, grid(y.rows(), 1), &args) }
     }
 
     /// [`Ops::rope_append`](crate::ops::Ops::rope_append)
     pub(super) fn rope_append(
         &self,
-        _qkv: &mut Tensor,
-        _kv: &mut KvLayer,
-        _rope: &RopeTable,
-        _spans: &[Span<'_>],
-        _heads: Heads,
+        qkv: &mut Tensor,
+        kv: &mut KvLayer,
+        rope: &RopeTable,
+        spans: &[Span<'_>],
+        heads: Heads,
     ) -> Result<()> {
-        missing("rope_append")
+        const OP: &str = "rope_append";
+        check::rope_append(qkv, kv, rope, spans, heads)?;
+        let (own, f32) = (self.dtype, DType::F32);
+        let operands = [
+            ("qkv", &*qkv, own),
+            ("key cache", &kv.k, own),
+            ("value cache", &kv.v, own),
+            ("cos", &rope.cos, f32),
+            ("sin", &rope.sin, f32),
+        ];
+        let mut args = Vec::new();
+        for (what, tensor, dtype) in operands {
+            check::dtype(OP, what, tensor, dtype)?;
+            args.push(Arg::Ptr(address(OP, what, tensor)?));
+        }
+        let sizes = [
+            int(OP, "n_heads", heads.n_heads)?,
+            int(OP, "n_kv_heads", heads.n_kv_heads)?,
+            int(OP, "head_dim", heads.head_dim)?,
+            int(OP, "page_tokens", kv.page_tokens())?,
+        ];
+        int(OP, "width of qkv", heads.qkv_width())?;
+        if qkv.is_empty() || spans.iter().all(|s| s.n_rows == 0) {
+            return Ok(());
+        }
+        let vectors = (heads.head_dim / 2).div_ceil(self.vector());
+        let parts = ((heads.n_heads + 2 * heads.n_kv_heads) * vectors).div_ceil(THREADS);
+        self.with_spans(OP, spans, qkv.rows(), |table| {
+            args.extend([table.spans, table.row_span, table.pages].map(Arg::Ptr));
+            args.extend(sizes);
+            // SAFETY: the arguments are the kernel's; the spans' rows are within qkv, their positions within the tables of angles and
+            // their pages, and those within the cache (just checked).
+            unsafe { self.launch(Kernel::RopeAppend, grid(qkv.rows(), parts), &args) }
+        })
     }
 
     /// [`Ops::copy_rows`](crate::ops::Ops::copy_rows)
-    pub(super) fn copy_rows(&self, _dst: &mut Tensor, _src: &Tensor, _copies: &[RowCopy]) -> Result<()> {
-        missing("copy_rows")
+    pub(super) fn copy_rows(&self, dst: &mut Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()> {
+        const OP: &str = "copy_rows";
+        check::copy_rows(dst, src, copies)?;
+        check::dtype(OP, "dst", dst, self.dtype)?;
+        let (dst_ptr, src_ptr) = (address(OP, "dst", dst)?, address(OP, "src", src)?);
+        for (what, tensor) in [("rows of dst", &*dst), ("rows of src", src)] {
+            int(OP, what, tensor.rows())?;
+        }
+        let hidden = int(OP, "row length", dst.row_len())?;
+        // Rows are copied at the same time: of several copies to one row only the last may be made.
+        let rows = |c: &RowCopy| (c.dst..c.dst + c.n_rows).zip(c.src..c.src + c.n_rows);
+        let pairs: BTreeMap<usize, usize> = copies.iter().flat_map(rows).collect();
+        if pairs.is_empty() || dst.is_empty() {
+            return Ok(());
+        }
+        let words = pairs.iter().flat_map(|(&to, &from)| [to as i32, from as i32]).collect();
+        self.with_ints(words, |table| {
+            let args = [Arg::Ptr(dst_ptr), Arg::Ptr(src_ptr), Arg::Ptr(table), hidden];
+            // SAFETY: the arguments are the kernel's; both tensors have rows of `hidden`, and all that the pairs name (just checked).
+            unsafe { self.launch(Kernel::CopyRows, grid(pairs.len(), 1), &args) }
+        })
     }
 }

@@ -65,6 +65,20 @@ impl TestDevice {
         values.iter().map(|&x| rounded(x, self.dtype)).collect()
     }
 
+    /// A tensor of activations with anything in it that is easy to see.
+    pub fn blank(&self, shape: &[usize]) -> Tensor {
+        self.put(shape, &vec![77.0; shape.iter().product()])
+    }
+
+    /// The distance from 1 to the next number of a 16-bit dtype; 0 for f32.
+    pub fn epsilon(&self) -> f64 {
+        match self.dtype {
+            DType::F16 => f16::EPSILON.to_f64(),
+            DType::Bf16 => bf16::EPSILON.to_f64(),
+            _ => 0.0,
+        }
+    }
+
     /// A tensor's elements.
     pub fn get(&self, tensor: &Tensor) -> Vec<f32> {
         self.ops.download(tensor).unwrap()
