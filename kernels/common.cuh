@@ -62,7 +62,10 @@ template <typename T> struct Vec16 {
     static constexpr int N = 16 / sizeof(T);
     uint4 raw;
 
-    __device__ static Vec16 load(const T* p) { return {*reinterpret_cast<const uint4*>(p)}; }
+    __device__ static Vec16 load(const T* p) {
+        expect_aligned(p);
+        return {*reinterpret_cast<const uint4*>(p)};
+    }
     // For weights that are read once: they should not push activations out of L1.
     __device__ static Vec16 load_streaming(const T* p) {
 #ifdef LLAVA_SIM
@@ -75,9 +78,20 @@ template <typename T> struct Vec16 {
         return v;
 #endif
     }
-    __device__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = raw; }
+    __device__ void store(T* p) const {
+        expect_aligned(p);
+        *reinterpret_cast<uint4*>(p) = raw;
+    }
     __device__ float get(int i) const { return to_f32(reinterpret_cast<const T*>(&raw)[i]); }
     __device__ void set(int i, float x) { reinterpret_cast<T*>(&raw)[i] = from_f32<T>(x); }
+
+private:
+    // A GPU stops at other addresses. The host does not: it may well move the bytes one word at a time.
+    __device__ static void expect_aligned([[maybe_unused]] const void* p) {
+#ifdef LLAVA_SIM
+        sim::expect_aligned(p, 16);
+#endif
+    }
 };
 
 // Reads N = 16 / sizeof(T) elements as f32, from any address that is aligned for T; those from `n` on are zero.

@@ -15,11 +15,6 @@
 
 #include "sim.h"
 
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
-
 using sim::Collective;
 using sim::Site;
 
@@ -63,6 +58,7 @@ struct Thread {
 // Who touched two bytes of shared memory last, and when. Times never begin again, so cells need not be cleared between blocks.
 struct Cell {
     uint32_t write_time, write_warp_time, read_time, read_warp_time;
+    uint32_t copy_time;  // when the cp.async to it began that nobody has waited for yet; before the block's begin_time: there is none
     uint16_t writer, reader;
 };
 constexpr uint16_t SEVERAL_LANES = 0x8000;  // with the first of their numbers: readers of one warp
@@ -81,6 +77,7 @@ struct Block {
     unsigned char* shared = nullptr;
     std::vector<Cell> cells{SHARED_BYTES / 2};
     uint32_t time = 1;                           // counts barriers of the block
+    uint32_t begin_time = 1;
     uint32_t warp_time[MAX_THREADS / WARP] = {}; // counts __syncwarp of a warp
     Range recent[4] = {};                        // allocations found last
     unsigned next_recent = 0;
@@ -111,7 +108,7 @@ const char* file_name(const char* path) {
     return slash ? slash + 1 : path;
 }
 
-// Ends the launch: remembers what is wrong, and never comes back.
+// Ends the launch: remembers what is wrong, and never comes back to the thread that runs.
 void fail(const char* format, ...) {
     char text[512];
     va_list arguments;
@@ -144,6 +141,9 @@ void note_shared(uintptr_t offset, size_t bytes, bool write) {
     const uint32_t now = block->time, warp_now = block->warp_time[warp_of(me)];
     for (size_t i = offset / 2; i < (offset + bytes) / 2; ++i) {
         Cell& cell = block->cells[i];
+        if (cell.copy_time >= block->begin_time)
+            fail("race in shared memory: byte %zu is %s by thread %u while a cp.async to it is under way: no wait lies between", i * 2,
+                 write ? "written" : "read", me);
         if (concurrent(cell.writer, cell.write_time, cell.write_warp_time, me))
             fail("race in shared memory: byte %zu is %s by thread %u and was written by thread %u with no barrier between", i * 2,
                  write ? "written" : "read", me, unsigned(cell.writer));
@@ -205,8 +205,7 @@ void note_access(const void* pointer, size_t bytes, bool write) {
     if (!self) return;
     const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
     if (address >= self->stack_low && address < self->stack_high) return;
-    if (bytes > 1 && address % (bytes > 16 ? 16 : bytes & -bytes) != 0)
-        fail("%s of %zu bytes at an address that is no multiple of them", write ? "write" : "read", bytes);
+    sim::expect_aligned(pointer, bytes > 16 ? 16 : bytes & -bytes);
     const uintptr_t offset = address - reinterpret_cast<uintptr_t>(block->shared);
     if (offset < SHARED_BYTES + RED_ZONE) {
         if (offset + bytes > block->shared_bytes)
@@ -370,14 +369,31 @@ void sync_threads(Site site) {
     suspend();
 }
 
+void expect_aligned(const void* p, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("access to %zu bytes at an address that is no multiple of them", bytes);
+}
+
 void trap(const char* message, Site site) { fail("%s:%d: %s", file_name(site.file), site.line, message); }
+
+// Sets or ends, for the 16 bytes that a copy goes to, that it is under way.
+static void mark_copy(const void* shared, uint32_t time) {
+    const size_t first = size_t(static_cast<const unsigned char*>(shared) - block->shared) / 2;
+    for (size_t i = first; i < first + 8; ++i) block->cells[i].copy_time = time;
+}
 
 // The copy may land at any time from now until it is waited for: others must be done with the place now, and the data is there only then.
 void async_copy_16(void* shared, const void* global, int valid_bytes) {
+    if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || reinterpret_cast<uintptr_t>(shared) % 16 != 0)
+        fail("cp.async of 16 bytes from or to an address that is no multiple of 16");
+    if (valid_bytes < 0 || valid_bytes > 16) fail("cp.async of %d bytes of 16", valid_bytes);
+    if (reinterpret_cast<uintptr_t>(shared) - reinterpret_cast<uintptr_t>(block->shared) >= SHARED_BYTES + RED_ZONE)
+        fail("cp.async to an address that is not in shared memory");
     note_access(shared, 16, true);
-    if (valid_bytes > 0) note_access(global, size_t(valid_bytes) == 16 ? 16 : size_t(valid_bytes & -valid_bytes), false);
-    if (valid_bytes > 0) note_access(static_cast<const char*>(global) + valid_bytes - 1, 1, false);
-    if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("cp.async of 16 bytes from or to an address that is no multiple of 16");
+    if (valid_bytes > 0) {
+        note_access(global, 1, false);
+        note_access(static_cast<const char*>(global) + valid_bytes - 1, 1, false);
+    }
+    mark_copy(shared, block->time);
     self->copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), valid_bytes, self->group});
 }
 
@@ -392,6 +408,7 @@ void async_wait(int groups_left) {
             copies[kept++] = copy;
             continue;
         }
+        mark_copy(copy.to, 0);
         note_access(copy.to, 16, true);
         std::memcpy(copy.to, copy.from, size_t(copy.bytes));
         std::memset(copy.to + copy.bytes, 0, size_t(16 - copy.bytes));
@@ -483,7 +500,7 @@ void llava_sim_begin(Block* b, const char* kernel, const dim3* grid, const dim3*
     b->current = 0;
     b->shared_bytes = shared_bytes;
     b->error.clear();
-    ++b->time;
+    b->begin_time = ++b->time;
     for (Range& range : b->recent) range = {};
     std::memset(b->shared, 0xff, shared_bytes);
     for (unsigned i = 0; i < (b->n_threads + WARP - 1) / WARP * WARP; ++i) {
@@ -498,7 +515,8 @@ void llava_sim_begin(Block* b, const char* kernel, const dim3* grid, const dim3*
 
 // The thread whose turn it is; -1 when all have returned, -2 when something is wrong.
 long llava_sim_next(Block* b) {
-    self = nullptr;
+    block = b;
+    self = nullptr;  // what is wrong from here on is no one thread's fault
     if (!b->error.empty()) return -2;
     if (b->n_left == 0) return -1;
     for (int round = 0; round < 2; ++round) {
@@ -515,27 +533,20 @@ long llava_sim_next(Block* b) {
             const Thread& thread = b->threads[i];
             if (thread.state == State::Exited) continue;
             if (thread.state == State::InCollective) {
-                const Thread* me = &thread;
-                char text[256];
-                std::snprintf(text, sizeof text, "deadlock: thread %u waits in the warp collective of %s:%d, which not all of its lanes reach",
-                              me->number, file_name(me->site.file), me->site.line);
-                b->error = text;
+                fail("deadlock: thread %u waits in the warp collective of %s:%d, which not all of its lanes reach", thread.number,
+                     file_name(thread.site.file), thread.site.line);
                 return -2;
             }
             if (!first) first = &thread;
             else if (!same_site(first->site, thread.site)) {
-                char text[256];
-                std::snprintf(text, sizeof text, "divergent __syncthreads: thread %u is at %s:%d, thread %u at %s:%d", first->number,
-                              file_name(first->site.file), first->site.line, thread.number, file_name(thread.site.file), thread.site.line);
-                b->error = text;
+                fail("divergent __syncthreads: thread %u is at %s:%d, thread %u at %s:%d", first->number, file_name(first->site.file),
+                     first->site.line, thread.number, file_name(thread.site.file), thread.site.line);
                 return -2;
             }
         }
         if (b->n_left != b->n_threads) {
-            char text[256];
-            std::snprintf(text, sizeof text, "divergent __syncthreads: %u of %u threads have returned before %s:%d", b->n_threads - b->n_left,
-                          b->n_threads, file_name(first->site.file), first->site.line);
-            b->error = text;
+            fail("divergent __syncthreads: %u of %u threads have returned before %s:%d", b->n_threads - b->n_left, b->n_threads,
+                 file_name(first->site.file), first->site.line);
             return -2;
         }
         for (unsigned i = 0; i < b->n_threads; ++i) b->threads[i].state = State::Ready;

@@ -79,6 +79,8 @@ enum class Collective : int { Sync, Shfl, ShflXor, ShflDown, ShflUp, Ballot, LdM
 // Waits for the lanes of `mask`; the last to come computes every lane's `out` from all `in`.
 void collective(Collective kind, unsigned mask, const void* in, void* out, int parameter, Site site);
 void sync_threads(Site site);
+// Stops the kernel if p is no multiple of `bytes`.
+void expect_aligned(const void* p, size_t bytes);
 // Stops the kernel with a message.
 void trap(const char* message, Site site);
 
