@@ -8,7 +8,7 @@ use crate::tensor::Tensor;
 
 macro_rules! kernels {
     ($($variant:ident $name:literal)*) => {
-        /// A kernel that exists for each dtype of activations, as `name_dtype`.
+        /// A kernel: one for each dtype of activations, as `name_dtype`, unless its own name ends in a dtype.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(super) enum Kernel { $($variant),* }
 
@@ -28,6 +28,7 @@ kernels! {
     Patchify "patchify_fwd"
     ClipEmbed "clip_embed_fwd"
     RopeAppend "rope_append_fwd"
+    Argmax "argmax_fwd_f32"
 }
 
 /// The kernels of one dtype, found once.
@@ -36,7 +37,8 @@ pub(super) struct Functions(Vec<Function>);
 impl Functions {
     /// Looks all of them up.
     pub fn resolve(driver: &dyn Driver, dtype: DType) -> Result<Self> {
-        Kernel::ALL.iter().map(|(_, name)| driver.function(&format!("{name}_{dtype}"))).collect::<Result<_>>().map(Self)
+        let full_name = |name: &str| if name.ends_with("_f32") { name.to_owned() } else { format!("{name}_{dtype}") };
+        Kernel::ALL.iter().map(|(_, name)| driver.function(&full_name(name))).collect::<Result<_>>().map(Self)
     }
 }
 

@@ -12,6 +12,7 @@ mod norm;
 mod ops;
 mod queue;
 mod rows;
+mod sample;
 mod staging;
 
 use std::sync::Arc;

@@ -69,3 +69,47 @@ fn memory_is_handed_on() {
     let c = cuda.zeros(&[15], DType::F32).unwrap();
     assert_ne!(c.device_address(), address);
 }
+
+#[test]
+fn argmax_takes_the_first_of_the_largest() {
+    let cuda = Cuda::simulated(2, DType::F32).unwrap();
+    for vocab in [1, 3, 111, 4096, 8193] {
+        let at = |i: usize| i % vocab;
+        let low = |peaks: &[usize], peak: f32| {
+            let mut row: Vec<f32> = (0..vocab).map(|i| (i * 37 % 64) as f32 * -0.25 - 1.0).collect();
+            peaks.iter().for_each(|&i| row[i] = peak);
+            row
+        };
+        let rows = [
+            low(&[at(7)], 5.0),
+            low(&[at(1), vocab - 1, vocab / 2], 0.5),
+            low(&[vocab - 1], f32::INFINITY),
+            vec![f32::NEG_INFINITY; vocab],
+            // Equal, whatever their bits.
+            low(&[], 0.0)
+                .iter()
+                .enumerate()
+                .map(|(i, &x)| {
+                    if i == 0 {
+                        -0.0
+                    } else if i == 1 {
+                        0.0
+                    } else {
+                        x
+                    }
+                })
+                .collect(),
+            low(&[vocab / 2], f32::NAN),
+        ];
+        let expected = [at(7), at(1).min(vocab / 2), vocab - 1, 0, 0].map(|i| i as i32);
+        let logits = cuda.to_device(Tensor::from_slice(&[rows.len(), vocab], &rows.concat())).unwrap();
+        let mut ids = cuda.zeros(&[rows.len()], DType::I32).unwrap();
+        cuda.argmax(&mut ids, &logits).unwrap();
+        let ids = cuda.to_host(&ids).unwrap();
+        assert_eq!(ids.as_slice::<i32>(), [&expected[..], &[-1]].concat(), "{vocab}");
+    }
+    let mut ids = cuda.zeros(&[1], DType::I32).unwrap();
+    assert!(cuda.argmax(&mut ids, &cuda.zeros(&[1, 0], DType::F32).unwrap()).is_err());
+    assert!(cuda.argmax(&mut ids, &cuda.zeros(&[2, 5], DType::F32).unwrap()).is_err());
+    assert!(cuda.argmax(&mut ids, &cuda.zeros(&[1, 5], DType::F16).unwrap()).is_err());
+}
