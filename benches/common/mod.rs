@@ -1,0 +1,203 @@
+//! What the benchmarks share: the hot ops on the shapes of CLIP ViT-L/14-336 and LLaMA-7B, with the work that each is.
+
+#![allow(dead_code)] // each bench uses its own part
+
+use std::sync::Arc;
+
+use llava_engine::cpu::Cpu;
+use llava_engine::dtype::DType;
+use llava_engine::nn::{RopeScaling, rope_table};
+use llava_engine::ops::{Epilogue, Heads, KvLayer, KvSource, Ops, Span, Weight};
+use llava_engine::tensor::Tensor;
+
+/// Far larger than any last cache that is shared by few threads: what must come from memory is this much before it comes again.
+pub const STREAM_BYTES: usize = 256 << 20;
+
+const CLIP: Heads = Heads { n_heads: 16, n_kv_heads: 16, head_dim: 64 };
+const LLAMA: Heads = Heads { n_heads: 32, n_kv_heads: 32, head_dim: 128 };
+const PAGE_TOKENS: usize = 64;
+
+/// What one call of an op is, in the unit of what bounds it.
+#[derive(Clone, Copy)]
+pub enum Work {
+    /// Floating-point operations, a fused multiply-add counted as two.
+    Flops(usize),
+    /// Bytes that are read and written at least: weights and cache where they outweigh the activations by far, else each operand once.
+    Bytes(usize),
+}
+
+/// An op with its operands, ready to be called.
+pub type Call<'a> = Box<dyn FnMut() + 'a>;
+
+/// Makes the operands of an op on a device.
+type Prepare = dyn Fn(&dyn Ops) -> Call<'_>;
+
+/// One op on one shape. Its operands, up to half a gigabyte, are made when it is prepared, and not before.
+pub struct Case {
+    /// The op.
+    pub op: &'static str,
+    /// The shape, the dtype and whatever else tells it from the op's other cases.
+    pub shape: String,
+    /// What one call is.
+    pub work: Work,
+    prepare: Box<Prepare>,
+}
+
+impl Case {
+    fn new(op: &'static str, shape: String, work: Work, prepare: impl Fn(&dyn Ops) -> Call<'_> + 'static) -> Self {
+        Self { op, shape, work, prepare: Box::new(prepare) }
+    }
+
+    /// Makes the operands.
+    pub fn prepare<'a>(&self, ops: &'a dyn Ops) -> Call<'a> {
+        (self.prepare)(ops)
+    }
+}
+
+/// The processor with as many threads as `LLAVA_THREADS` says, or as the machine runs at once.
+pub fn cpu() -> Cpu {
+    let n_threads = std::env::var("LLAVA_THREADS").map_or(0, |n| n.parse().expect("LLAVA_THREADS takes a number"));
+    // bf16 lets kernels of bf16 weights use the processor's bf16 products; f32 weights never do.
+    Cpu::new(n_threads, DType::Bf16).expect("LLAVA_ISA names an instruction set of this machine")
+}
+
+/// Linear layers of an image (577 tokens), a prompt (640), a short one (32), and of decoding (1, 4, 8).
+pub fn linears(dtype: DType) -> Vec<Case> {
+    let many = [(577, 4096, 1024), (577, 1024, 4096), (640, 11008, 4096), (640, 4096, 11008), (32, 4096, 4096)];
+    let few = [(1, 4096, 4096), (1, 11008, 4096), (1, 4096, 11008), (4, 11008, 4096), (8, 11008, 4096)];
+    let flops = many.map(|(tokens, n, k)| linear(tokens, n, k, dtype, Work::Flops(2 * tokens * n * k)));
+    let bytes = few.map(|(tokens, n, k)| linear(tokens, n, k, dtype, Work::Bytes(n * k * dtype.size())));
+    flops.into_iter().chain(bytes).collect()
+}
+
+/// Attention of an image, of a prompt, and of a token that looks back on a long context.
+pub fn attentions(cache: &[DType]) -> Vec<Case> {
+    let mut cases = vec![attention("clip 577", CLIP, 0, 577, None)];
+    for &dtype in cache {
+        cases.push(attention("prompt 640", LLAMA, 0, 640, Some(dtype)));
+        cases.push(attention("decode at 8192", LLAMA, 8191, 1, Some(dtype)));
+    }
+    cases
+}
+
+/// y = x·Wᵀ. If bytes bound it, a set of weights larger than the caches is taken in turn: a model reads each of its own once a token.
+fn linear(tokens: usize, n: usize, k: usize, dtype: DType, work: Work) -> Case {
+    Case::new("linear", format!("{tokens}x{n}x{k} {dtype}"), work, move |ops| {
+        let copies = match work {
+            Work::Flops(_) => 1,
+            Work::Bytes(bytes) => STREAM_BYTES.div_ceil(bytes),
+        };
+        let values = Tensor::from_slice(&[n, k], &random(n * k));
+        let weights: Vec<Weight> = (0..copies)
+            .map(|_| {
+                let part = ops.upload(values.converted(dtype)).unwrap();
+                Weight::stacked(vec![Arc::new(part)]).unwrap()
+            })
+            .collect();
+        let x = activations(ops, &[tokens, k]);
+        let mut y = activations(ops, &[tokens, n]);
+        let mut turn = 0;
+        Box::new(move || {
+            ops.linear(&mut y, &x, &weights[turn % copies], None, Epilogue::Store).unwrap();
+            turn += 1;
+        })
+    })
+}
+
+/// Causal with a cache, else not.
+fn attention(name: &'static str, heads: Heads, past: usize, rows: usize, cache: Option<DType>) -> Case {
+    let pairs = if cache.is_some() { rows * past + rows * (rows + 1) / 2 } else { rows * rows };
+    let work = match cache {
+        Some(dtype) if rows == 1 => Work::Bytes(2 * (past + rows) * heads.kv_width() * dtype.size()),
+        _ => Work::Flops(4 * pairs * heads.q_width()),
+    };
+    let shape = format!("{name} {}", cache.map_or("own".to_owned(), |dtype| dtype.to_string()));
+    Case::new("attention", shape, work, move |ops| {
+        let qkv = activations(ops, &[rows, heads.qkv_width()]);
+        let mut out = activations(ops, &[rows, heads.q_width()]);
+        let pages = pages(past + rows);
+        let layer = cache.map(|dtype| kv_layer(ops, heads, pages.len(), dtype));
+        Box::new(move || {
+            let span = Span { first_row: 0, n_rows: rows, past, pages: &pages };
+            let source = layer.as_ref().map_or(KvSource::Own, KvSource::Paged);
+            ops.attention(&mut out, &qkv, source, &[span], heads, layer.is_some()).unwrap();
+        })
+    })
+}
+
+/// The ops whose work is small beside the linear layers': norms, activation, rotation, of a prompt and of one token.
+pub fn small_ops() -> Vec<Case> {
+    let mut cases = vec![layer_norm(577, 1024)];
+    for tokens in [640, 1] {
+        cases.extend([rms_norm(tokens, 4096), silu_mul(tokens, 11008)]);
+        cases.extend([DType::F32, DType::Bf16].map(|dtype| rope_append(tokens, LLAMA, dtype)));
+    }
+    cases
+}
+
+fn rms_norm(tokens: usize, hidden: usize) -> Case {
+    Case::new("rms_norm", format!("{tokens}x{hidden}"), Work::Bytes(2 * 4 * tokens * hidden), move |ops| {
+        let [x, mut y] = [(); 2].map(|()| activations(ops, &[tokens, hidden]));
+        let w = activations(ops, &[hidden]);
+        Box::new(move || ops.rms_norm(&mut y, &x, &w, 1e-5).unwrap())
+    })
+}
+
+fn layer_norm(tokens: usize, hidden: usize) -> Case {
+    Case::new("layer_norm", format!("{tokens}x{hidden}"), Work::Bytes(2 * 4 * tokens * hidden), move |ops| {
+        let [x, mut y] = [(); 2].map(|()| activations(ops, &[tokens, hidden]));
+        let [w, b] = [(); 2].map(|()| activations(ops, &[hidden]));
+        Box::new(move || ops.layer_norm(&mut y, &x, &w, &b, 1e-5).unwrap())
+    })
+}
+
+fn silu_mul(tokens: usize, n: usize) -> Case {
+    Case::new("silu_mul", format!("{tokens}x{n}"), Work::Bytes(3 * 4 * tokens * n), move |ops| {
+        let gate_up = activations(ops, &[tokens, 2 * n]);
+        let mut y = activations(ops, &[tokens, n]);
+        Box::new(move || ops.silu_mul(&mut y, &gate_up).unwrap())
+    })
+}
+
+/// Queries and keys are read and written, values read, and keys and values written to the cache.
+fn rope_append(tokens: usize, heads: Heads, cache: DType) -> Case {
+    let rotated = 2 * 4 * (heads.q_width() + heads.kv_width());
+    let work = Work::Bytes(tokens * (rotated + heads.kv_width() * (4 + 2 * cache.size())));
+    Case::new("rope_append", format!("{tokens}x{} {cache}", heads.qkv_width()), work, move |ops| {
+        let mut qkv = activations(ops, &[tokens, heads.qkv_width()]);
+        let rope = rope_table(ops, tokens, heads.head_dim, 10000.0, &RopeScaling::None).unwrap();
+        let pages = pages(tokens);
+        let mut layer = kv_layer(ops, heads, pages.len(), cache);
+        Box::new(move || {
+            let span = Span { first_row: 0, n_rows: tokens, past: 0, pages: &pages };
+            ops.rope_append(&mut qkv, &mut layer, &rope, &[span], heads).unwrap();
+        })
+    })
+}
+
+/// Pages that hold `context` tokens.
+fn pages(context: usize) -> Vec<u32> {
+    (0..context.div_ceil(PAGE_TOKENS) as u32).collect()
+}
+
+fn kv_layer(ops: &dyn Ops, heads: Heads, n_pages: usize, dtype: DType) -> KvLayer {
+    let shape = [n_pages, heads.n_kv_heads, PAGE_TOKENS, heads.head_dim];
+    let values = || ops.upload(Tensor::from_slice(&shape, &random(shape.iter().product())).converted(dtype)).unwrap();
+    KvLayer { k: values(), v: values() }
+}
+
+fn activations(ops: &dyn Ops, shape: &[usize]) -> Tensor {
+    ops.upload(Tensor::from_slice(shape, &random(shape.iter().product()))).unwrap()
+}
+
+/// Numbers in −1..1 that look random.
+fn random(n: usize) -> Vec<f32> {
+    let mut state = 1_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}
