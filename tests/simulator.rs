@@ -5,7 +5,7 @@
 mod reference;
 
 use half::{bf16, f16};
-use llava_engine::cuda::driver::{Arg, DevicePtr, Driver, Grid, Simulator};
+use llava_engine::cuda::driver::{Arg, DevicePtr, Driver, Grid, Launch, Simulator};
 
 /// A simulator, and what tests do with it.
 struct Bench(Simulator);
@@ -59,7 +59,7 @@ impl Bench {
         let grid = Grid { blocks: [blocks, 1, 1], threads, shared_bytes };
         // SAFETY: the simulator compares arguments with the kernel's, and stops each access that leaves its allocation by less than 4 KiB;
         // no test goes further.
-        let result = unsafe { self.0.launch(function, grid, args) };
+        let result = unsafe { self.0.launch(&Launch { function, grid, args: args.to_vec() }) };
         result.map_err(|e| e.to_string())
     }
 
@@ -202,7 +202,7 @@ fn launches_that_do_not_fit_the_kernel_are_refused() {
     let function = bench.0.function(kernel).unwrap();
     let grid = Grid { blocks: [1, 1, 65536], threads: 1, shared_bytes: 0 };
     // SAFETY: as in `Bench::launch`.
-    let error = unsafe { bench.0.launch(function, grid, &right) }.unwrap_err();
+    let error = unsafe { bench.0.launch(&Launch { function, grid, args: right.to_vec() }) }.unwrap_err();
     assert!(error.to_string().contains("cannot be launched"), "{error}");
     assert!(bench.0.function("no_such_kernel").unwrap_err().to_string().contains("no such kernel"));
     bench.launch(kernel, 1, THREADS, 0, &right).unwrap();
