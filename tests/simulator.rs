@@ -57,8 +57,8 @@ impl Bench {
     fn launch(&self, kernel: &str, blocks: usize, threads: usize, shared_bytes: usize, args: &[Arg]) -> Result<(), String> {
         let function = self.0.function(kernel).unwrap();
         let grid = Grid { blocks: [blocks, 1, 1], threads, shared_bytes };
-        // SAFETY: the simulator compares arguments with the kernel's, and stops each access that leaves its allocation by less than 4 KiB;
-        // no test goes further.
+// SAFETY: the simulator compares arguments with the kernel's, and stops each access that leaves its allocation by less than
+        // 1 MiB, and each write to the host; no test goes further.
         let result = unsafe { self.0.launch(&Launch { function, grid, args: args.to_vec() }) };
         result.map_err(|e| e.to_string())
     }
@@ -94,6 +94,11 @@ fn races_in_shared_memory_are_reported() {
         // What a thread wrote itself it may read at once.
         bench.launch(kernel, 1, THREADS, THREADS * 4, &args(0, 0)).unwrap();
     }
+    let args = |n| [out.arg(), Arg::Int(n)];
+    for n in [2, 64] {
+        bench.reports("fault_write_after_write", THREADS, 256, &args(n), &["written by thread 1 and was written by thread 0"]);
+    }
+    bench.launch("fault_write_after_write", 1, THREADS, 256, &args(1)).unwrap();
 }
 
 #[test]
@@ -103,12 +108,17 @@ fn accesses_out_of_bounds_are_reported() {
     let global = |first, write| [out.arg(), Arg::Int(first), Arg::Int(write)];
     bench.launch("fault_global_bounds", 1, THREADS, 0, &global(0, 1)).unwrap();
     bench.launch("fault_global_bounds", 1, THREADS, 0, &global(0, 0)).unwrap();
-    for first in [1, -1, 900, -1000] {
+    for first in [1, -1, 900, -1000, 200_000, -200_000] {
         bench.reports("fault_global_bounds", THREADS, 0, &global(first, 1), &["write out of bounds", "256 bytes", "block 0,0,0"]);
         bench.reports("fault_global_bounds", THREADS, 0, &global(first, 0), &["read out of bounds", "256 bytes"]);
     }
     // Nothing of that got through.
     assert!(out.read::<i32>().iter().enumerate().all(|(i, &v)| v == i as i32 || (i == 0 && v == 2)));
+
+    // Further away there may be anything, but nothing to be written.
+    let mut host = [0i32; THREADS];
+    let host_args = [Arg::Ptr(DevicePtr(host.as_mut_ptr() as u64)), Arg::Int(0), Arg::Int(1)];
+    bench.reports("fault_global_bounds", THREADS, 0, &host_args, &["write out of bounds", "not the device's"]);
 
     let shared = |n| [out.arg(), Arg::Int(n)];
     bench.launch("fault_shared_bounds", 1, 32, 128, &shared(32)).unwrap();

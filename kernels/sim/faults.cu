@@ -31,6 +31,16 @@ KERNEL(1024) fault_write_after_read(int* out, int distance, int barrier) {
 }
 REGISTER_KERNEL(fault_write_after_read)
 
+// Every `n` threads write the same word.
+KERNEL(1024) fault_write_after_write(int* out, int n) {
+    SHARED_MEMORY(shared);
+    int* words = reinterpret_cast<int*>(shared);
+    words[threadIdx.x / n] = threadIdx.x;
+    __syncthreads();
+    out[threadIdx.x] = words[threadIdx.x / n];
+}
+REGISTER_KERNEL(fault_write_after_write)
+
 // All write `n_words` words of shared memory, which may be more than there are.
 KERNEL(1024) fault_shared_bounds(int* out, int n_words) {
     SHARED_MEMORY(shared);

@@ -24,8 +24,8 @@ constexpr unsigned WARP = 32;
 constexpr unsigned MAX_THREADS = 1024;
 // Shared memory of a block on the largest GPU that kernels are written for (sm_90).
 constexpr size_t SHARED_BYTES = 227 << 10;
-// Bytes beside each allocation whose use is noticed.
-constexpr size_t RED_ZONE = 4096;
+// Bytes beside each allocation whose use is noticed: rows that a tile has beyond its matrix. Nobody touches them, so they cost no memory.
+constexpr size_t RED_ZONE = 1 << 20;
 
 struct Copy {
     unsigned char* to;
@@ -218,7 +218,11 @@ void note_access(const void* pointer, size_t bytes, bool write) {
         if (address >= range.low && address + bytes <= range.high) return;
     Range found;
     bool inside;
-    if (!find_allocation(address, found, inside)) return;  // the kernel's constants, or the host's memory
+    if (!find_allocation(address, found, inside)) {
+        // To be read there are the kernel's constants and arguments; to be written, nothing.
+        if (write) fail("write out of bounds: %zu bytes that are not the device's", bytes);
+        return;
+    }
     if (!inside || address + bytes > found.high)
         fail("%s out of bounds: %zu bytes at %+lld of an allocation of %zu bytes", write ? "write" : "read", bytes,
              static_cast<long long>(address - found.low), size_t(found.high - found.low));
@@ -461,7 +465,7 @@ void* llava_sim_alloc(size_t bytes) {
     const size_t whole = (bytes + 2 * RED_ZONE + 255) / 256 * 256;
     unsigned char* base = static_cast<unsigned char*>(std::aligned_alloc(4096, (whole + 4095) / 4096 * 4096));
     if (!base) return nullptr;
-    std::memset(base, 0xff, whole);
+    std::memset(base + RED_ZONE, 0xff, bytes);
     std::unique_lock guard(allocations_lock);
     allocations[reinterpret_cast<uintptr_t>(base) + RED_ZONE] = bytes;
     return base + RED_ZONE;
