@@ -7,6 +7,7 @@ use llava_engine::dtype::DType;
 use llava_engine::error::Error;
 use llava_engine::model::checkpoint::Checkpoint;
 use llava_engine::model::config::{Activation, FeatureSelect, Fit, Profile, ProjectorConfig, RopeScaling};
+use llava_engine::weights::Source;
 use serde_json::{Value, json};
 
 fn fixture(name: &str) -> PathBuf {

@@ -587,7 +587,7 @@ fn info_says_what_this_is() {
 
 #[test]
 fn help_shows_an_example_and_completions_know_the_subcommands() {
-    let subcommands = ["generate", "chat", "score", "inspect", "info", "completions"];
+    let subcommands = ["generate", "chat", "score", "inspect", "info", "bench", "completions"];
     for subcommand in subcommands {
         assert_holds(&run(&[subcommand, "--help"]).ok(), &["Example", &format!("  llava-engine {subcommand} ")]);
     }

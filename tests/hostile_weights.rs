@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use llava_engine::error::Error;
 use llava_engine::weights::names::Part;
 use llava_engine::weights::pickle::{PickleError, state_dict};
-use llava_engine::weights::{Store, files, safetensors, torch_zip};
+use llava_engine::weights::{Source, Store, files, safetensors, torch_zip};
 use proptest::prelude::*;
 use zip::write::SimpleFileOptions;
 

@@ -57,7 +57,7 @@ impl Bench {
     fn launch(&self, kernel: &str, blocks: usize, threads: usize, shared_bytes: usize, args: &[Arg]) -> Result<(), String> {
         let function = self.0.function(kernel).unwrap();
         let grid = Grid { blocks: [blocks, 1, 1], threads, shared_bytes };
-// SAFETY: the simulator compares arguments with the kernel's, and stops each access that leaves its allocation by less than
+        // SAFETY: the simulator compares arguments with the kernel's, and stops each access that leaves its allocation by less than
         // 1 MiB, and each write to the host; no test goes further.
         let result = unsafe { self.0.launch(&Launch { function, grid, args: args.to_vec() }) };
         result.map_err(|e| e.to_string())

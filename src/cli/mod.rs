@@ -1,5 +1,6 @@
 //! Subcommands, one file each. Results go to standard output, everything else to standard error.
 
+mod bench;
 mod chat;
 mod common;
 mod generate;
@@ -39,6 +40,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Says what this binary holds and what this machine has
     Info(info::Args),
+    /// Measures how fast this machine encodes, reads prompts and answers
+    Bench(bench::Args),
     /// Writes shell completions to standard output
     #[command(after_help = "Example:\n  llava-engine completions bash > ~/.local/share/bash-completion/completions/llava-engine")]
     Completions {
@@ -69,6 +72,7 @@ pub fn main() -> ExitCode {
         Command::Score(args) => score::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Info(args) => info::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "llava-engine", &mut std::io::stdout());
             Ok(Outcome::Done)

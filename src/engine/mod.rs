@@ -66,6 +66,7 @@ pub struct Engine {
     eos_token_ids: Vec<u32>,
     records: Option<Arc<Records>>,
     note: Option<String>,
+    compute: DType,
     load_ms: f64,
     layout: String,
 }
@@ -122,6 +123,7 @@ impl Engine {
             eos_token_ids,
             records,
             note,
+            compute,
             load_ms: start.elapsed().as_secs_f64() * 1e3,
             layout: checkpoint.layout.to_string(),
         })
@@ -165,6 +167,21 @@ impl Engine {
     /// What each op has cost so far, if the engine was opened to time them.
     pub fn op_records(&self) -> Option<Vec<(&'static str, OpRecord)>> {
         self.records.as_ref().map(|r| r.snapshot())
+    }
+
+    /// Where the costs of ops are kept, if the engine was opened to time them.
+    pub fn records(&self) -> Option<Arc<Records>> {
+        self.records.clone()
+    }
+
+    /// What it computes in.
+    pub fn compute_dtype(&self) -> DType {
+        self.compute
+    }
+
+    /// The model, its buffers and its cache, for whoever runs it without text.
+    pub fn into_runner(self) -> Runner {
+        self.runner
     }
 
     /// Shows every stage of the forward passes that follow to `observer`.
@@ -221,15 +238,21 @@ impl Engine {
     }
 }
 
-/// A device, the records of its ops if they are to be timed, and what a user should know of how it was chosen.
-struct OpenDevice {
-    ops: Box<dyn Ops>,
-    records: Option<Arc<Records>>,
-    note: Option<String>,
+/// A device that was opened.
+pub struct OpenDevice {
+    /// The device.
+    pub ops: Box<dyn Ops>,
+    /// What its ops cost, if they are to be timed.
+    pub records: Option<Arc<Records>>,
+    /// What a user should know of how it was chosen.
+    pub note: Option<String>,
 }
 
 /// A device that computes in `compute`.
-fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice> {
+///
+/// # Errors
+/// If this build or this machine has no such device.
+pub fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice> {
     let cpu = || Cpu::new(options.threads, compute).map(|cpu| Box::new(cpu) as Box<dyn Ops>);
     let mut note = None;
     let mut ops: Box<dyn Ops> = match options.device {

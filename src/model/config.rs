@@ -169,6 +169,40 @@ pub struct LlavaConfig {
 }
 
 impl LlavaConfig {
+    /// The released models by name: `llava-1.5-7b` and `llava-1.5-13b`; none of another name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        let (hidden_size, intermediate_size, n_layers, n_heads) = match name {
+            "llava-1.5-7b" => (4096, 11008, 32, 32),
+            "llava-1.5-13b" => (5120, 13824, 40, 40),
+            _ => return None,
+        };
+        Some(Self {
+            vision: ClipConfig::vit_l_14(336),
+            projector: ProjectorConfig::Mlp { n_linear: 2, activation: Activation::Gelu },
+            text: LlamaConfig {
+                vocab_size: 32064,
+                hidden_size,
+                intermediate_size,
+                n_layers,
+                n_heads,
+                n_kv_heads: n_heads,
+                head_dim: 128,
+                rms_norm_eps: 1e-5,
+                rope_theta: 10_000.0,
+                rope_scaling: RopeScaling::None,
+                max_position_embeddings: 4096,
+                tie_word_embeddings: false,
+            },
+            n_vision_layers: 23,
+            feature_select: FeatureSelect::Patch,
+            profile: Profile::Hf,
+            preprocess: Preprocess::clip(336, Fit::Crop),
+            image_token_index: Some(32000),
+            eos_token_ids: vec![2],
+            context_tokens: 4096,
+        })
+    }
+
     /// Tokens that one picture takes in the prompt.
     pub fn tokens_per_image(&self) -> usize {
         self.vision.n_patches() + usize::from(self.feature_select == FeatureSelect::ClsPatch)

@@ -11,7 +11,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::{KvLayer, Ops, RowCopy, Span};
 use crate::tensor::Tensor;
-use crate::weights::Store;
+use crate::weights::Source;
 
 /// Pictures that go through the tower at once: bounds its activations.
 const IMAGES_AT_ONCE: usize = 4;
@@ -38,7 +38,7 @@ pub struct Llava {
 
 impl Llava {
     /// Loads the model; `dtype` converts matrices, `None` keeps them as they are stored.
-    pub fn load(ops: &dyn Ops, config: &LlavaConfig, weights: &Store, dtype: Option<DType>) -> Result<Self> {
+    pub fn load(ops: &dyn Ops, config: &LlavaConfig, weights: &dyn Source, dtype: Option<DType>) -> Result<Self> {
         let loader = Loader { ops, weights, dtype };
         Ok(Self {
             clip: Clip::load(&loader, &config.vision, config.n_vision_layers)?,

@@ -7,14 +7,14 @@ use crate::error::Result;
 use crate::nn::{LayerNorm, Linear, RmsNorm};
 use crate::ops::{Ops, Weight};
 use crate::tensor::Tensor;
-use crate::weights::Store;
+use crate::weights::Source;
 
 /// Takes tensors out of a checkpoint by their canonical names and puts them on a device.
 pub struct Loader<'a> {
     /// The device.
     pub ops: &'a dyn Ops,
     /// The checkpoint.
-    pub weights: &'a Store,
+    pub weights: &'a dyn Source,
     /// What matrices are converted to; `None` keeps each as it is stored, mapped and not copied.
     pub dtype: Option<DType>,
 }

@@ -9,6 +9,7 @@ pub mod files;
 pub mod hub;
 pub mod names;
 pub mod pickle;
+pub mod random;
 pub mod safetensors;
 pub mod torch_zip;
 
@@ -79,6 +80,17 @@ pub struct Entry {
     pub bytes: usize,
 }
 
+/// Where a model's tensors come from.
+pub trait Source {
+    /// The tensor of this canonical name, which must have just this shape: a view into its file, or a copy where the file holds it
+    /// misaligned or transposed.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if it is missing (then the error names every spelling that was looked for), of another shape, or not of
+    /// floating-point numbers that weights can have.
+    fn tensor(&self, canonical: &str, shape: &[usize]) -> Result<Tensor>;
+}
+
 /// The tensors of a checkpoint by canonical name, wherever they lie.
 pub struct Store {
     /// What errors call the checkpoint.
@@ -147,13 +159,25 @@ impl Store {
         self.find(canonical).map(|stored| &stored.located.dtype)
     }
 
-    /// The tensor of this canonical name, which must have just this shape: a view into its file, or a copy where the file holds it
-    /// misaligned or transposed.
-    ///
-    /// # Errors
-    /// [`Error::Tensor`] if it is missing (then the error names every spelling that was looked for), of another shape, or not of
-    /// floating-point numbers that weights can have.
-    pub fn tensor(&self, canonical: &str, shape: &[usize]) -> Result<Tensor> {
+    /// Every tensor of its files, in the order of the files and of the data in them.
+    pub fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+        self.tensors.iter().map(|Stored { canonical, file, located }| Entry {
+            canonical: canonical.clone(),
+            source: located.name.clone(),
+            file: file.to_path_buf(),
+            shape: located.shape.clone(),
+            dtype: located.dtype.clone(),
+            bytes: located.bytes(),
+        })
+    }
+
+    fn find(&self, canonical: &str) -> Option<&Stored> {
+        self.by_canonical.get(canonical).map(|&i| &self.tensors[i])
+    }
+}
+
+impl Source for Store {
+    fn tensor(&self, canonical: &str, shape: &[usize]) -> Result<Tensor> {
         let Some(Stored { file, located, .. }) = self.find(canonical) else {
             let spellings = names::spellings(canonical).into_iter().map(|s| format!("`{s}`")).collect::<Vec<_>>().join(", ");
             return Err(Error::tensor(canonical, &self.root, format!("missing: no file has any of {spellings}")));
@@ -170,22 +194,6 @@ impl Store {
             ));
         };
         located.load(dtype).map_err(|problem| Error::tensor(&located.name, file, problem))
-    }
-
-    /// Every tensor of its files, in the order of the files and of the data in them.
-    pub fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
-        self.tensors.iter().map(|Stored { canonical, file, located }| Entry {
-            canonical: canonical.clone(),
-            source: located.name.clone(),
-            file: file.to_path_buf(),
-            shape: located.shape.clone(),
-            dtype: located.dtype.clone(),
-            bytes: located.bytes(),
-        })
-    }
-
-    fn find(&self, canonical: &str) -> Option<&Stored> {
-        self.by_canonical.get(canonical).map(|&i| &self.tensors[i])
     }
 }
 

@@ -1,0 +1,82 @@
+//! Weights that nobody trained, for measuring models of any size without their files.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use half::{bf16, f16};
+
+use super::Source;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// Distinct numbers that all tensors are cut from; far more than a cache holds.
+const BLOCK: usize = 1 << 22;
+/// Standard deviation of the weights, as LLaMA's initial one: hidden states keep their size over the layers.
+const STD: f32 = 0.02;
+
+/// Any tensor of any shape: ones for the weights of norms, small random numbers for all else; the same for the same name.
+pub struct Random {
+    dtype: DType,
+    block: Tensor,
+}
+
+impl Random {
+    /// Weights stored in `dtype`.
+    pub fn new(dtype: DType) -> Self {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        // The sum of four uniform numbers is near enough to normal; its variance is 4/12.
+        let mut uniform = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+        };
+        let values: Vec<f32> = (0..BLOCK).map(|_| (uniform() + uniform() + uniform() + uniform()) * STD * 3f32.sqrt()).collect();
+        Self { dtype, block: Tensor::from_slice(&[BLOCK], &values).converted(dtype) }
+    }
+}
+
+impl Source for Random {
+    fn tensor(&self, canonical: &str, shape: &[usize]) -> Result<Tensor> {
+        let mut tensor = Tensor::zeros(shape, self.dtype);
+        if canonical.contains("norm") && canonical.ends_with(".weight") {
+            match self.dtype {
+                DType::F32 => tensor.as_mut_slice::<f32>().fill(1.0),
+                DType::F16 => tensor.as_mut_slice::<f16>().fill(f16::ONE),
+                _ => tensor.as_mut_slice::<bf16>().fill(bf16::ONE),
+            }
+            return Ok(tensor);
+        }
+        let mut hasher = DefaultHasher::new();
+        canonical.hash(&mut hasher);
+        let start = hasher.finish() as usize % BLOCK * self.dtype.size();
+        let block = self.block.as_bytes();
+        let mut rest = tensor.as_mut_bytes();
+        let mut from = &block[start..];
+        while !rest.is_empty() {
+            let n = from.len().min(rest.len());
+            let (now, later) = rest.split_at_mut(n);
+            now.copy_from_slice(&from[..n]);
+            (rest, from) = (later, block);
+        }
+        Ok(tensor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_depend_on_their_names_alone_and_have_the_right_spread() {
+        for dtype in [DType::F32, DType::F16, DType::Bf16] {
+            let source = Random::new(dtype);
+            let [a, again, b] = ["a.weight", "a.weight", "b.weight"].map(|n| source.tensor(n, &[3, BLOCK / 2]).unwrap().to_f32());
+            assert!(a == again && a != b);
+            let std = (a.iter().map(|x| x * x).sum::<f32>() / a.len() as f32).sqrt();
+            assert!((std / STD - 1.0).abs() < 0.01, "{std}");
+            let ones = source.tensor("llama.norm.weight", &[5]).unwrap();
+            assert_eq!((ones.dtype(), ones.to_f32()), (dtype, vec![1.0; 5]));
+        }
+    }
+}
