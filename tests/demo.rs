@@ -3,14 +3,13 @@
 mod support;
 
 use std::ops::ControlFlow;
-use std::path::Path;
 
 use llava_engine::device::Device;
 use llava_engine::dtype::DType;
 use llava_engine::engine::{Engine, EngineOptions, GenerateOptions, Turn};
 use llava_engine::image::RgbImage;
 use llava_engine::infer::sampler::SamplingOptions;
-use support::{fixture, image};
+use support::{fixture, image, kernel_device, root};
 
 #[derive(serde::Deserialize)]
 struct Scene {
@@ -39,7 +38,7 @@ fn open() -> Engine {
 fn open_on(device: Device, dtype: Option<DType>) -> Engine {
     // The fixtures were asked in the model's training format, where `</s>` ends every answer.
     let options = EngineOptions { device, dtype, template: Some("hf".into()), ..Default::default() };
-    Engine::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo"), &options).unwrap()
+    Engine::open(root().join("models/demo"), &options).unwrap()
 }
 
 /// Answers to the questions of a scene, asked one after the other in one conversation about `image`.
@@ -85,12 +84,12 @@ fn answers_are_those_of_transformers_and_right() {
 }
 
 /// The CUDA kernels answer as the CPU does: in f32 every answer is the same, on tensor cores in f16 nearly all are.
-#[cfg(llava_sim)]
 #[test]
-fn the_simulated_kernels_give_the_same_answers() {
+fn the_cuda_kernels_give_the_same_answers() {
+    let Some(device) = kernel_device() else { return println!("skipped: neither a GPU nor the simulator") };
     const SCENES: usize = 6;
     let scenes: Vec<_> = scenes().into_iter().filter(|s| s.image.ends_with(".png")).take(SCENES).collect();
-    let mut engines = [open(), open_on(Device::Sim, Some(DType::F32)), open_on(Device::Sim, Some(DType::F16))];
+    let mut engines = [open(), open_on(device, Some(DType::F32)), open_on(device, Some(DType::F16))];
     let (mut same, mut all) = (0, 0);
     for scene in &scenes {
         let image = image(&fixture("demo").join(&scene.image));

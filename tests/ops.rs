@@ -10,7 +10,7 @@ use llava_engine::ops::{Heads, KvLayer, Ops, RopeTable, RowCopy, Span};
 use llava_engine::tensor::Tensor;
 use reference::rows::{exact, naive_f32};
 use reference::{Errors, random};
-use support::devices::{TestDevice, devices, rounded, simulators};
+use support::devices::{TestDevice, devices, rounded, kernel_devices};
 use support::{Bound, assert_close};
 
 /// Rows, and their width: one, fewer than a task, a task and a bit, many; and widths that no vector divides.
@@ -312,7 +312,7 @@ fn nothing_is_done_for_no_rows() {
 /// Kernels would read such tensors as what they are not.
 #[test]
 fn kernels_are_not_launched_on_other_dtypes_or_host_tensors() {
-    for device in simulators() {
+    for device in kernel_devices() {
         let other = if device.dtype == DType::F16 { DType::Bf16 } else { DType::F16 };
         let there = |shape: &[usize], dtype| device.ops.alloc(shape, dtype).unwrap();
         let (own, own2) = (device.dtype, || there(&[4, 16], device.dtype));

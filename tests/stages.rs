@@ -16,7 +16,7 @@ use llava_engine::model::Stage;
 use llava_engine::tensor::Tensor;
 use llava_engine::text::Prompt;
 use safetensors::SafeTensors;
-use support::{Bound, assert_close, cosine, fixture, image};
+use support::{Bound, assert_close, cosine, fixture, image, kernel_device};
 
 #[derive(serde::Deserialize)]
 struct Expected {
@@ -86,9 +86,9 @@ impl Fixture {
     }
 }
 
-/// The CPU, and the CUDA kernels in the simulator where the build has it.
+/// The CPU, and the CUDA kernels.
 fn devices() -> impl Iterator<Item = Device> {
-    [Device::Cpu].into_iter().chain(cfg!(llava_sim).then_some(Device::Sim))
+    [Device::Cpu].into_iter().chain(kernel_device())
 }
 
 /// All fixtures on all devices.

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Everything that a GPU can tell about a build: one command, for a machine with an NVIDIA driver. It needs no Rust and no network; what it
-# runs was built elsewhere and carried here (docs/GPU.md says how).
+# runs was built elsewhere by tools/gpu_bundle.sh and carried here with the working tree.
 #
 #     tools/gpu_check.sh BIN_DIR [OUT_DIR]
 #
-# BIN_DIR holds `llava-engine` and the test executables ops, ops_linear, ops_attention, stages and demo, as `tools/gpu_bundle.sh` lays them
-# out. OUT_DIR gets logs, `<gpu>-<date>.json` and `<gpu>-<date>.md`. A part that fails is reported and the rest goes on; exit 1 if any did.
+# Runs the op cases, the stage fixtures and the demo model on the GPU, the op cases under compute-sanitizer's four tools where it is
+# installed, and `bench`. OUT_DIR (docs/results) gets a log of each part and `<gpu>-<date>.json`. A part that fails is reported and the
+# rest goes on; exit 1 if any did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-bin=${1:?usage: tools/gpu_check.sh BIN_DIR [OUT_DIR]}
+bin=$(realpath "${1:?usage: tools/gpu_check.sh BIN_DIR [OUT_DIR]}")
 out=${2:-docs/results}
 mkdir -p "$out"
 failed=()
@@ -25,18 +26,16 @@ part() { # NAME COMMAND...: runs it into a log of its own
   fi
 }
 
-gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--') || { echo "no NVIDIA driver here"; exit 1; }
-stamp=$(date -u +%Y-%m-%d)
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv >"$out/gpu.csv"
-"$bin/llava-engine" info || failed+=(info)
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--')
+[ -n "$gpu" ] || { echo "no NVIDIA driver here"; exit 1; }
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv
+"$bin/llava-engine" info
 
-# Correctness: the case tables of the simulator, on the GPU.
-export LLAVA_TEST_DEVICE=cuda
+export LLAVA_TEST_DEVICE=cuda CARGO_MANIFEST_DIR=$PWD
 for test in ops ops_linear ops_attention stages demo; do
   part "$test" "$bin/$test"
 done
 
-# The same kernels under the sanitizer's four tools.
 if sanitizer=$(command -v compute-sanitizer); then
   for tool in memcheck racecheck initcheck synccheck; do
     for test in ops ops_linear ops_attention; do
@@ -47,5 +46,6 @@ else
   echo "compute-sanitizer is not installed: its part is left out"
 fi
 
-python3 tools/gpu_figures.py --engine "$bin/llava-engine" --json "$out/$gpu-$stamp.json" --table "$out/$gpu-$stamp.md" || failed+=(figures)
+part bench "$bin/llava-engine" bench --shape llava-1.5-7b --weights bf16 --device cuda --json
+[ -s "$out/bench.log" ] && cp "$out/bench.log" "$out/$gpu-$(date -u +%Y-%m-%d).json"
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

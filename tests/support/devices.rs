@@ -1,10 +1,13 @@
-//! The devices that every op case runs on: the CPU, and the kernel simulator in each dtype of activations.
+//! The devices that every op case runs on: the CPU, and the CUDA kernels in each dtype of activations, simulated or on a GPU.
 
 use half::{bf16, f16};
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
+use llava_engine::engine::{EngineOptions, open_device};
 use llava_engine::ops::Ops;
 use llava_engine::tensor::Tensor;
+
+use super::kernel_device;
 
 /// A device under test.
 pub struct TestDevice {
@@ -22,22 +25,18 @@ pub fn devices() -> Vec<TestDevice> {
         dtype: DType::F32,
     };
     let mut all = vec![cpu(1), cpu(3)];
-    all.extend(simulators());
+    all.extend(kernel_devices());
     all
 }
 
-/// The simulator in f32, f16 and bf16; none if this build has no simulator.
-pub fn simulators() -> Vec<TestDevice> {
-    #[cfg(llava_sim)]
-    return [DType::F32, DType::F16, DType::Bf16]
-        .map(|dtype| TestDevice {
-            name: format!("sim in {dtype}"),
-            ops: Box::new(llava_engine::cuda::Cuda::simulated(2, dtype).unwrap()),
-            dtype,
-        })
-        .into();
-    #[cfg(not(llava_sim))]
-    Vec::new()
+/// The CUDA kernels in f32, f16 and bf16, on [`kernel_device`]; none if there is no such device.
+pub fn kernel_devices() -> Vec<TestDevice> {
+    let Some(device) = kernel_device() else { return Vec::new() };
+    let open = |dtype| {
+        let options = EngineOptions { device, threads: 2, ..Default::default() };
+        TestDevice { name: format!("{device} in {dtype}"), ops: open_device(&options, dtype).unwrap().ops, dtype }
+    };
+    [DType::F32, DType::F16, DType::Bf16].map(open).into()
 }
 
 /// `x` as `dtype` holds it.

@@ -5,11 +5,26 @@ pub mod devices;
 
 use std::path::{Path, PathBuf};
 
+use llava_engine::device::Device;
 use llava_engine::image::{ImageSource, Limits, RgbImage};
+
+/// The project's folder: where it was built, or, for a test that was carried to another machine, where `CARGO_MANIFEST_DIR` says.
+pub fn root() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
 
 /// A path within `tests/fixtures`.
 pub fn fixture(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)
+    root().join("tests/fixtures").join(path)
+}
+
+/// The device that the kernels run on: what `LLAVA_TEST_DEVICE` names (`cuda` on a machine with a GPU, by tools/gpu_check.sh), or the
+/// simulator where the build has it.
+pub fn kernel_device() -> Option<Device> {
+    match std::env::var("LLAVA_TEST_DEVICE") {
+        Ok(name) => Some(name.parse().unwrap()),
+        Err(_) => cfg!(llava_sim).then_some(Device::Sim),
+    }
 }
 
 /// An image file.

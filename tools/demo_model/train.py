@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from make_data import EVAL_SEED, model_input
-from model import ANSWER_HEADS, AUX, N_PATCHES, TURN_HEADS, WORD_HEADS, AuxHead, Look, align_loss, answer_logits, build_model, hidden_states, vision_features
+from model import ANSWER_HEADS, AUX, N_PATCHES, TURN_HEADS, VOCAB_SIZE, WORD_HEADS, AuxHead, Look, align_loss, answer_logits, build_model, hidden_states, vision_features
 from scenes import BACKGROUNDS, COLOUR_NAMES, NUMBER, SHAPES, SIZE_NAMES, TRAINING_WEIGHTS, conversation, plural, render, sample_scene
 from tokenizer import SYSTEM, build as build_tokenizer
 
@@ -33,6 +33,9 @@ GRID = int(N_PATCHES**0.5)
 SPACE_SHARE = 0.35
 AUX_WEIGHT = 0.5
 LOOK_WEIGHT = 1.0
+# "A" or "An", "," or "and", "is" or "are" are one guess of two each, a word or more ahead of what decides them: learnt last, if they
+# count no more than others.
+JOINT_WEIGHT = 4.0
 # The tokens that a patch's projected features are drawn to, in the order of patch_labels' columns.
 PATCH_WORDS = {"shape": SHAPES, "colour": COLOUR_NAMES, "size": SIZE_NAMES, "order": ["one", "two", "three"]}
 PATCH_MARKS = {"objects": "123", "background": "pgn", "height": "xyz"}
@@ -50,7 +53,11 @@ class Encoder:
         columns = enumerate([SHAPES, COLOUR_NAMES, SIZE_NAMES])
         self.attributes = {self.ids(word)[0]: (k, i + 1) for k, words in columns for i, word in enumerate(words)}
         self.words = self.attributes | {self.ids(plural(shape))[-1]: (0, i + 1) for i, shape in enumerate(SHAPES)}
-        self.verdicts = {self.ids(word)[0] for word in ("Yes", "No", *NUMBER)}
+        self.verdicts = {self.ids(word)[0] for word in ("Yes", "No", *NUMBER, "is", "are")}
+        # These agree with what comes after them: an article with its colour, a comma or "and" with how many objects are left.
+        self.joints = {self.ids(word)[-1] for word in ("A", "An", "a", "an", "and", "square,")}
+        self.weights = torch.ones(VOCAB_SIZE)
+        self.weights[[*self.joints, self.ids("is")[0], self.ids("are")[0]]] = JOINT_WEIGHT
 
     def ids(self, text):
         # Each piece begins with "▁" or a special token follows, so pieces tokenize as they do in the whole.
@@ -174,7 +181,7 @@ def turn_targets(encoder, row, encoded):
 
 
 def answer_targets(encoder, row, encoded, talk, scene, labels):
-    """(row, position, image tokens) for each attribute word of the answers: where to look when predicting it."""
+    """(row, position, image tokens) for each attribute word of the answers, and for what agrees with it: where to look when predicting it."""
     ids, targets, spans = encoded
     first = ids.index(encoder.image[0])
     out = []
@@ -184,11 +191,12 @@ def answer_targets(encoder, row, encoded, talk, scene, labels):
         turn = iter(objects)
         now = next(turn)
         for position in range(start, end):
-            if targets[position] not in encoder.attributes:
+            target = targets[position]
+            if target not in encoder.attributes and target not in encoder.joints:
                 continue
             patches = np.flatnonzero(labels[:, 3] == scene.objects.index(now) + 1)
             out.append((row, position, first + patches))
-            if encoder.attributes[targets[position]][0] == 0 and len(objects) > 1:  # the shape ends a phrase
+            if encoder.attributes.get(target, (None,))[0] == 0 and len(objects) > 1:  # the shape ends a phrase
                 now = next(turn, now)
     return out
 
@@ -353,7 +361,7 @@ def main():
         features = vision_features(model, pixels)
         image = model.model.multi_modal_projector(features)
         logits, wanted = answer_logits(model, hidden_states(model, ids, image[:n]), targets)
-        loss = answer_loss = torch.nn.functional.cross_entropy(logits, wanted)
+        loss = answer_loss = torch.nn.functional.cross_entropy(logits, wanted, weight=encoder.weights)
         accuracy = {}
         if weight > 0:
             aux_loss, accuracy = aux.loss(features, labels)
