@@ -25,7 +25,12 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
 // Two f32 as two 16-bit floats in one register, `low` in the low half: how results become operands.
 template <typename T> __device__ inline uint32_t pack2(float low, float high);
 
+// 2^x, at most 2 units in the last place off; 0 where that is below the normal numbers: for what is rounded to 16 bits next.
+__device__ inline float exp2_approx(float x);
+
 #ifdef LLAVA_SIM
+
+inline float exp2_approx(float x) { return exp2f(x); }
 
 template <typename T> inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     struct {
@@ -48,6 +53,12 @@ template <typename T> inline uint32_t pack2(float low, float high) {
 }
 
 #else
+
+__device__ inline float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 template <> __device__ inline void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

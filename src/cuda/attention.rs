@@ -1,21 +1,151 @@
 //! Launches of `kernels/attention.cu` and `kernels/attention_decode.cu`.
 
-use super::Cuda;
+use std::sync::{Mutex, PoisonError};
+
+use super::driver::{Arg, DevicePtr, Grid};
+use super::launch::{Kernel, address, int};
+use super::{Allocation, Cuda};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{Heads, KvSource, Span};
+use crate::ops::{Heads, KvSource, Span, check};
 use crate::tensor::Tensor;
+
+/// Threads of a block, of both kernels.
+const THREADS: usize = 128;
+/// The widest head that there are kernels for.
+const MAX_HEAD_DIM: usize = 256;
+/// Blocks for each multiprocessor that splitting a context aims at: fewer leave memory waiting, more only make parts to be merged.
+const DECODE_BLOCKS: usize = 4;
+/// Tokens below which a part of a context is not worth a block: twice what a block has under way at a head of 128.
+const SPLIT_TOKENS: usize = 64;
+
+/// Head widths up to which there is a kernel, and the kernel.
+const WIDTHS: [(usize, Kernel); 5] = [
+    (64, Kernel::AttentionD64),
+    (80, Kernel::AttentionD80),
+    (96, Kernel::AttentionD96),
+    (128, Kernel::AttentionD128),
+    (MAX_HEAD_DIM, Kernel::AttentionD256),
+];
+
+/// Rows of a block of `attention_fwd_d{width}`, and its shared memory: `MmaTile` and `PlainTile` of `kernels/attention.cu`.
+fn tile(dtype: DType, width: usize) -> (usize, usize) {
+    if dtype != DType::F32 && width <= 128 {
+        // K and V of 64 tokens, twice, in 16 bits.
+        (64, 2 * 2 * 64 * (width + 8) * 2)
+    } else {
+        // Q of 16 rows, K and V of 32 tokens, in f32.
+        (16, (16 + 2 * 32) * (width.next_multiple_of(32) + 4) * 4)
+    }
+}
+
+/// What the blocks of a decode step leave for each other. Its size depends on the device alone, so that it never moves.
+#[derive(Default)]
+pub(super) struct Workspace(Mutex<Option<Allocation>>);
 
 impl Cuda {
     /// [`Ops::attention`](crate::ops::Ops::attention)
     pub(super) fn attention(
         &self,
-        _out: &mut Tensor,
-        _qkv: &Tensor,
-        _kv: KvSource<'_>,
-        _spans: &[Span<'_>],
-        _heads: Heads,
-        _causal: bool,
+        out: &mut Tensor,
+        qkv: &Tensor,
+        kv: KvSource<'_>,
+        spans: &[Span<'_>],
+        heads: Heads,
+        causal: bool,
     ) -> Result<()> {
-        Err(Error::Unsupported("attention has no kernel yet".into()))
+        const OP: &str = "attention";
+        check::attention(out, qkv, kv, spans, heads)?;
+        check::dtype(OP, "out", out, self.dtype)?;
+        check::dtype(OP, "qkv", qkv, self.dtype)?;
+        if heads.head_dim == 0 || heads.head_dim % 8 != 0 || heads.head_dim > MAX_HEAD_DIM {
+            return Err(Error::shape(OP, "head_dim", format!("a multiple of 8 up to {MAX_HEAD_DIM}"), heads.head_dim));
+        }
+        let qkv_ptr = address(OP, "qkv", qkv)?;
+        let (k, v, page_tokens) = match kv {
+            KvSource::Own => {
+                if let Some(span) = spans.iter().find(|span| span.past != 0) {
+                    return Err(Error::shape(OP, "past of a span without a cache", 0, span));
+                }
+                (qkv_ptr, qkv_ptr, 0)
+            }
+            KvSource::Paged(layer) => {
+                check::dtype(OP, "key cache", &layer.k, self.dtype)?;
+                check::dtype(OP, "value cache", &layer.v, self.dtype)?;
+                (address(OP, "key cache", &layer.k)?, address(OP, "value cache", &layer.v)?, layer.page_tokens())
+            }
+        };
+        let n_rows = spans.iter().map(|span| span.n_rows).max().unwrap_or(0);
+        if n_rows == 0 {
+            return Ok(());
+        }
+        int(OP, "elements of a page", page_tokens * heads.kv_width())?;
+        int(OP, "width of qkv", heads.qkv_width())?;
+        let scale_log2 = std::f32::consts::LOG2_E / (heads.head_dim as f32).sqrt();
+        let sizes = [
+            int(OP, "heads", heads.n_heads)?,
+            int(OP, "key heads", heads.n_kv_heads)?,
+            int(OP, "head_dim", heads.head_dim)?,
+            int(OP, "tokens of a page", page_tokens)?,
+        ];
+        let out_ptr = Arg::Ptr(address(OP, "out", out)?);
+        let pointers = [qkv_ptr, k, v].map(Arg::Ptr);
+        self.with_spans(OP, spans, qkv.rows(), |table| {
+            let tables = [table.spans, table.pages].map(Arg::Ptr);
+            if page_tokens > 0 && spans.iter().all(|span| span.n_rows == 1) {
+                let context = spans.iter().map(|span| span.past + 1).max().unwrap_or(1);
+                let n_splits = self.n_splits(spans.len() * heads.n_heads, context);
+                return self.decode.with(self, |arrivals, parts| {
+                    let mut args = vec![out_ptr, Arg::Ptr(parts), Arg::Ptr(arrivals)];
+                    args.extend(pointers.into_iter().chain(tables).chain(sizes));
+                    args.push(Arg::Float(scale_log2));
+                    let shared_bytes = THREADS / 32 * (heads.head_dim + 2) * 4 + 4;
+                    let grid = Grid { blocks: [n_splits, heads.n_heads, spans.len()], threads: THREADS, shared_bytes };
+                    // SAFETY: the arguments are the kernel's; spans lie within qkv and out and their pages within the cache (just
+                    // checked), and the workspace has room for `n_splits` parts (`n_splits` says why).
+                    unsafe { self.launch(Kernel::AttentionDecode, grid, &args) }
+                });
+            }
+            let fits = |&&(width, _): &&(usize, Kernel)| heads.head_dim <= width;
+            let &(width, kernel) = WIDTHS.iter().find(fits).expect("head_dim was checked");
+            let (rows, shared_bytes) = tile(self.dtype, width);
+            let mut args = vec![out_ptr];
+            args.extend(pointers.into_iter().chain(tables).chain(sizes));
+            args.extend([Arg::Int(i32::from(causal)), Arg::Float(scale_log2)]);
+            let grid = Grid { blocks: [n_rows.div_ceil(rows), heads.n_heads, spans.len()], threads: THREADS, shared_bytes };
+            // SAFETY: as above; the kernel has no workspace.
+            unsafe { self.launch(kernel, grid, &args) }
+        })
+    }
+
+    /// Rows and heads below which a decode step splits contexts.
+    fn decode_blocks(&self) -> usize {
+        DECODE_BLOCKS * self.driver.n_multiprocessors()
+    }
+
+    /// Into how many parts a context is cut, so that `row_heads` pairs of a row and a head fill the device. If more than one, there are
+    /// fewer than `decode_blocks` pairs and fewer than twice as many parts.
+    fn n_splits(&self, row_heads: usize, context: usize) -> usize {
+        self.decode_blocks().div_ceil(row_heads).min(context.div_ceil(SPLIT_TOKENS))
+    }
+}
+
+impl Workspace {
+    /// Calls `launch` with the addresses of the counters of arrivals and of the parts. Launches are done in order: the next may have the
+    /// same memory.
+    fn with<R>(&self, cuda: &Cuda, launch: impl FnOnce(DevicePtr, DevicePtr) -> Result<R>) -> Result<R> {
+        let (row_heads, n_parts) = (cuda.decode_blocks(), 2 * cuda.decode_blocks());
+        let counter_bytes = (row_heads * 4).next_multiple_of(256);
+        // A launch that panicked left it whole.
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if memory.is_none() {
+            let ptr = cuda.driver.alloc(counter_bytes + n_parts * (MAX_HEAD_DIM + 2) * 4)?;
+            let allocation = Allocation { driver: cuda.driver.clone(), ptr };
+            // SAFETY: it was just reserved with more bytes. From here on each launch leaves the counters at zero.
+            unsafe { cuda.driver.clear(ptr, counter_bytes)? };
+            *memory = Some(allocation);
+        }
+        let ptr = memory.as_ref().expect("it was just made").ptr;
+        launch(ptr, ptr.add(counter_bytes))
     }
 }

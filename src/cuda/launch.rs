@@ -29,6 +29,12 @@ kernels! {
     ClipEmbed "clip_embed_fwd"
     RopeAppend "rope_append_fwd"
     Argmax "argmax_fwd_f32"
+    AttentionD64 "attention_fwd_d64"
+    AttentionD80 "attention_fwd_d80"
+    AttentionD96 "attention_fwd_d96"
+    AttentionD128 "attention_fwd_d128"
+    AttentionD256 "attention_fwd_d256"
+    AttentionDecode "attention_decode"
 }
 
 /// The kernels of one dtype, found once.

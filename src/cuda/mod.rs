@@ -31,6 +31,7 @@ pub struct Cuda {
     dtype: DType,
     queue: Queue,
     arena: Arc<Arena>,
+    decode: attention::Workspace,
 }
 
 impl Cuda {
@@ -61,7 +62,7 @@ impl Cuda {
     /// A device behind a driver.
     fn on(driver: Arc<dyn Driver>, dtype: DType) -> Result<Self> {
         let functions = Functions::resolve(&*driver, dtype)?;
-        Ok(Self { queue: Queue::new(driver.clone()), arena: Arena::new(driver.clone()), driver, functions, dtype })
+        Ok(Self { queue: Queue::new(driver.clone()), arena: Arena::new(driver.clone()), driver, functions, dtype, decode: Default::default() })
     }
 }
 
