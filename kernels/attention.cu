@@ -17,8 +17,8 @@
 // Numerics: 16-bit dtypes up to N = 128 multiply on tensor cores with f32 sums, softmax is in f32, probabilities are rounded to T before
 // they meet V. f32, and N = 256, run on plain cores in f32. Sums are taken in an order that depends on the sequence alone.
 //
-// Registers without spills, and shared memory, of f16 and bf16 (nvcc 13, sm_90a): N = 64: 142, 36,864 bytes; 80: 163, 45,056;
-// 96: 178, 53,248; 128: 237, 69,632; so two blocks share a multiprocessor at 96 and 128, three below.
+// Registers and shared memory of f16 and bf16, without spills (nvcc 13, sm_90a): N = 64: 135, 36,864 bytes; 80: 168, 45,056; 96: 168,
+// 53,248; 128: 239, 69,632. So three blocks share a multiprocessor, two at N = 128.
 #include "async_copy.cuh"
 #include "mma.cuh"
 
@@ -112,11 +112,15 @@ template <int D> struct MmaTile {
 // multiplied with probabilities of zero, and 0 · NaN would be NaN.
 template <typename T, int D> __device__ inline void copy_tokens(T* k_tile, T* v_tile, const Work<T>& work, int first, int limit) {
     using Tile = MmaTile<D>;
+    // One look-up is enough where a tile lies within a page, or in the span's own rows (page_tokens = 0).
+    const bool evenly_spaced = work.page_tokens % MMA_TOKENS == 0;
+    const size_t first_offset = work.offset(first);
 #pragma unroll
     for (int i = 0; i < MMA_TOKENS * Tile::CHUNKS / THREADS; ++i) {
         const int chunk = i * THREADS + int(threadIdx.x), token = chunk / Tile::CHUNKS, column = chunk % Tile::CHUNKS * 8;
         const bool real = first + token < limit && column < work.head_dim;
-        const size_t from = real ? work.offset(first + token) + column : 0;
+        size_t from = 0;
+        if (real) from = (evenly_spaced ? first_offset + token * work.token_stride : work.offset(first + token)) + column;
         const int to = token * Tile::STRIDE + column;
         async_copy_16(k_tile + to, work.k + from, real ? 16 : 0);
         async_copy_16(v_tile + to, work.v + from, real ? 16 : 0);
@@ -190,9 +194,9 @@ template <typename T, int D> __device__ inline void attention_mma(const Work<T>&
                     for (int i = 0; i < 4; ++i)
                         if (first + 8 * n + 2 * pair + i % 2 >= sees[i / 2]) s[n][i] = -INFINITY;
             }
-            // p = exp2((s − largest) · scale_log2). Every row sees token 0: the first tile makes `largest` finite for good. The difference
-            // comes first, for all that one multiplication and addition would do: the largest p is 1 exactly, however large the scores,
-            // and does not lose in T what `sum` still has.
+            // p = exp2((s − largest) · scale_log2). Every row sees token 0: the first tile makes `largest` finite for good. The
+            // difference comes first, though one fma could do both: so the largest p is 1 exactly, however large the scores are, and
+            // does not lose in T what `sum` still has.
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float top = -INFINITY;

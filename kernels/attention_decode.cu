@@ -1,10 +1,12 @@
 // Attention of one row a sequence over its pages: a step of decoding.
 //
-//   out[row, head] = Σ_t p_t · v_t / Σ_t p_t,   p_t = exp(s_t − max_t s_t),   s_t = q · k_t / sqrt(head_dim),   over all past + 1 tokens
+//   out[row, head] = Σ_t p_t · v_t / Σ_t p_t,   p_t = exp(s_t − max_t s_t),   s_t = q · k_t / sqrt(head_dim)
+//
+// over all past + 1 tokens t.
 //
 // K and V are read once and nothing is reused: what counts is that enough reads are under way. So the tokens of a sequence are split among
-// gridDim.x blocks, each of which leaves m = max s, l = Σ exp2(s − m) and o = Σ exp2(s − m) · v of its part; the last block to come, for
-// a row and head, merges the parts. Base 2 as in attention.cu: scale_log2 = log2(e) / sqrt(head_dim).
+// gridDim.x blocks, each of which leaves m = max s, l = Σ exp2(s − m) and o = Σ exp2(s − m) · v of its part; the last block to come,
+// for a row and head, merges the parts. Base 2 as in attention.cu: scale_log2 = log2(e) / sqrt(head_dim).
 //
 // Layouts, all of T unless said otherwise, row-major:
 //   qkv      [tokens, (n_heads + 2·n_kv_heads) · head_dim], of which the queries are read
@@ -18,7 +20,8 @@
 // Grid: (n_splits, n_heads, n_spans). head_dim: a multiple of 8 up to 256; all bases are multiples of 16 bytes. Writes out with `=`.
 //
 // Numerics: all sums in f32, parts merged in their order whoever comes last: results depend on context and n_splits alone.
-// Shared memory: f32 [WARPS, head_dim + 2] and one i32. Registers without spills (nvcc 13, sm_90a): 64 in f16 and bf16, 96 in f32.
+// Shared memory: f32 [WARPS, head_dim + 2] and one i32. Registers without spills (nvcc 13, sm_90a): 80 in f16 and bf16,
+// 120 in f32.
 #include "common.cuh"
 
 namespace {
@@ -105,19 +108,29 @@ __device__ inline void attention_decode(T* out, float* parts, int* arrivals, con
         for (int i = 0; i < PART; ++i) q[i] = part.get(i) * scale_log2;
     }
 
+    // Where tokens of this lane's slot are. Those of the next step are looked up while keys and values of this one are under way; tokens
+    // that there are not stand for the last one.
+    size_t from[UNROLL];
+    const auto look_up = [&](int base) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            const unsigned token = min(base + u * n_slots + slot, context - 1);
+            from[u] = pages[token / unsigned(page_tokens)] * page_stride + size_t(token % unsigned(page_tokens)) * head_dim + column;
+        }
+    };
+    look_up(begin);
+
     Sums sums = {LOWEST, 0.0f, {}};
     for (int base = begin; base < end; base += n_slots * UNROLL) {
         Part<T> keys[UNROLL] = {}, values[UNROLL] = {};
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            const int token = base + u * n_slots + slot;
-            if (token < end && has_columns) {
-                const unsigned page = unsigned(token) / unsigned(page_tokens), within = unsigned(token) % unsigned(page_tokens);
-                const size_t from = pages[page] * page_stride + size_t(within) * head_dim + column;
-                keys[u] = Part<T>::load(k + from);
-                values[u] = Part<T>::load(v + from);
+            if (base + u * n_slots + slot < end && has_columns) {
+                keys[u] = Part<T>::load(k + from[u]);
+                values[u] = Part<T>::load(v + from[u]);
             }
         }
+        look_up(base + n_slots * UNROLL);
         float s[UNROLL];
         float top = sums.m;
 #pragma unroll

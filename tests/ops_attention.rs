@@ -209,6 +209,7 @@ fn pages() {
         let odd = [(0, 1), (15, 2), (63, 3), (1, 63), (64, 64), (62, 65), (130, 111)];
         case(&odd, heads(4, 2, 8), causal, Some(16)).check(&devices);
         case(&odd[..4], heads(2, 1, 16), causal, Some(64)).check(&devices);
+        case(&[(130, 11)], heads(1, 1, 8), causal, Some(128)).check(&devices);
         for head_dim in [64, 80, 128] {
             case(&[(70, 3), (5, 66)], heads(2, 1, head_dim), causal, Some(7)).check(&devices);
         }
