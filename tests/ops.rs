@@ -10,7 +10,7 @@ use llava_engine::ops::{Heads, KvLayer, Ops, RopeTable, RowCopy, Span};
 use llava_engine::tensor::Tensor;
 use reference::rows::{exact, naive_f32};
 use reference::{Errors, random};
-use support::devices::{TestDevice, devices, rounded, kernel_devices};
+use support::devices::{TestDevice, devices, kernel_devices, rounded};
 use support::{Bound, assert_close};
 
 /// Rows, and their width: one, fewer than a task, a task and a bit, many; and widths that no vector divides.

@@ -7,7 +7,7 @@ use llava_engine::dtype::DType;
 use llava_engine::ops::{Heads, KvLayer, KvSource, Span};
 use reference::attention::{Sequence, exact};
 use reference::{Errors, random};
-use support::devices::{TestDevice, devices, rounded, simulators};
+use support::devices::{TestDevice, devices, kernel_devices, rounded};
 
 /// What rows of no span hold before and after; the same in all dtypes.
 const SENTINEL: f32 = 1024.0;
@@ -231,15 +231,15 @@ fn one_row_over_a_long_context() {
 fn more_rows_and_heads_than_are_split() {
     // 41 · 16 blocks fill the device: no context is split, and the workspace has no room for that many parts.
     let sequences: Vec<_> = (0..41).map(|i| (3 * i, 1)).collect();
-    case(&sequences, heads(16, 4, 8), true, Some(32)).check(&simulators());
+    case(&sequences, heads(16, 4, 8), true, Some(32)).check(&kernel_devices());
 }
 
 #[test]
 fn wide_heads() {
-    let simulators = simulators();
+    let kernels = kernel_devices();
     for head_dim in [136, 256] {
-        case(&[(0, 19), (0, 1)], heads(2, 1, head_dim), true, None).check(&simulators);
-        case(&[(70, 1), (2, 1)], heads(2, 1, head_dim), true, Some(16)).check(&simulators);
+        case(&[(0, 19), (0, 1)], heads(2, 1, head_dim), true, None).check(&kernels);
+        case(&[(70, 1), (2, 1)], heads(2, 1, head_dim), true, Some(16)).check(&kernels);
     }
 }
 
@@ -256,7 +256,7 @@ fn large_scores_do_not_overflow() {
 #[test]
 fn results_are_the_same_from_run_to_run() {
     // Also: the counters of arrivals are back at zero, whatever the lengths were.
-    for device in simulators() {
+    for device in kernel_devices() {
         let (long, short) = (case(&[(576, 1)], heads(2, 1, 64), true, Some(64)), case(&[(64, 1)], heads(2, 1, 64), true, Some(64)));
         let (prepared_long, prepared_short) = (long.prepare(device.dtype), short.prepare(device.dtype));
         let first = (long.run(&prepared_long, &device), short.run(&prepared_short, &device));
@@ -269,7 +269,7 @@ fn results_are_the_same_from_run_to_run() {
 
 #[test]
 fn a_sequence_does_not_know_its_batch() {
-    for device in simulators() {
+    for device in kernel_devices() {
         let of = |sequences: &[(usize, usize)]| {
             let case = case(sequences, heads(2, 1, 16), true, Some(16));
             let p = case.prepare(device.dtype);
@@ -291,7 +291,7 @@ fn no_rows_are_no_work() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    for device in simulators() {
+    for device in kernel_devices() {
         let refusal = |heads: Heads, past: usize, cache_dtype: Option<DType>| {
             let mut out = device.put(&[2, heads.q_width()], &vec![0.0; 2 * heads.q_width()]);
             let qkv = device.put(&[2, heads.qkv_width()], &vec![0.0; 2 * heads.qkv_width()]);

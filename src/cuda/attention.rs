@@ -2,9 +2,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use super::Cuda;
 use super::driver::{Arg, DevicePtr, Grid};
 use super::launch::{Kernel, address, int};
-use super::{Allocation, Cuda};
+use super::memory::Allocation;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::{Heads, KvSource, Span, check};
@@ -90,21 +91,20 @@ impl Cuda {
         ];
         let out_ptr = Arg::Ptr(address(OP, "out", out)?);
         let pointers = [qkv_ptr, k, v].map(Arg::Ptr);
+        let (arrivals, parts) = self.decode.addresses(self)?;
         self.with_spans(OP, spans, qkv.rows(), |table| {
             let tables = [table.spans, table.pages].map(Arg::Ptr);
             if page_tokens > 0 && spans.iter().all(|span| span.n_rows == 1) {
                 let context = spans.iter().map(|span| span.past + 1).max().unwrap_or(1);
                 let n_splits = self.n_splits(spans.len() * heads.n_heads, context);
-                return self.decode.with(self, |arrivals, parts| {
-                    let mut args = vec![out_ptr, Arg::Ptr(parts), Arg::Ptr(arrivals)];
-                    args.extend(pointers.into_iter().chain(tables).chain(sizes));
-                    args.push(Arg::Float(scale_log2));
-                    let shared_bytes = THREADS / 32 * (heads.head_dim + 2) * 4 + 4;
-                    let grid = Grid { blocks: [n_splits, heads.n_heads, spans.len()], threads: THREADS, shared_bytes };
-                    // SAFETY: the arguments are the kernel's; spans lie within qkv and out and their pages within the cache (just
-                    // checked), and the workspace has room for `n_splits` parts (`n_splits` says why).
-                    unsafe { self.launch(Kernel::AttentionDecode, grid, &args) }
-                });
+                let mut args = vec![out_ptr, Arg::Ptr(parts), Arg::Ptr(arrivals)];
+                args.extend(pointers.into_iter().chain(tables).chain(sizes));
+                args.push(Arg::Float(scale_log2));
+                let shared_bytes = THREADS / 32 * (heads.head_dim + 2) * 4 + 4;
+                let grid = Grid { blocks: [n_splits, heads.n_heads, spans.len()], threads: THREADS, shared_bytes };
+                // SAFETY: the arguments are the kernel's; spans lie within qkv and out and their pages within the cache (just checked), and
+                // the workspace has room for `n_splits` parts (`n_splits` says why).
+                return unsafe { self.launch(Kernel::AttentionDecode, grid, &args) };
             }
             let fits = |&&(width, _): &&(usize, Kernel)| heads.head_dim <= width;
             let &(width, kernel) = WIDTHS.iter().find(fits).expect("head_dim was checked");
@@ -131,21 +131,17 @@ impl Cuda {
 }
 
 impl Workspace {
-    /// Calls `launch` with the addresses of the counters of arrivals and of the parts. Launches are done in order: the next may have the
-    /// same memory.
-    fn with<R>(&self, cuda: &Cuda, launch: impl FnOnce(DevicePtr, DevicePtr) -> Result<R>) -> Result<R> {
+    /// Where the counters of arrivals and the parts are. Launches are done in order: all have the same memory.
+    fn addresses(&self, cuda: &Cuda) -> Result<(DevicePtr, DevicePtr)> {
         let (row_heads, n_parts) = (cuda.decode_blocks(), 2 * cuda.decode_blocks());
         let counter_bytes = (row_heads * 4).next_multiple_of(256);
         // A launch that panicked left it whole.
         let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if memory.is_none() {
-            let ptr = cuda.driver.alloc(counter_bytes + n_parts * (MAX_HEAD_DIM + 2) * 4)?;
-            let allocation = Allocation { driver: cuda.driver.clone(), ptr };
-            // SAFETY: it was just reserved with more bytes. From here on each launch leaves the counters at zero.
-            unsafe { cuda.driver.clear(ptr, counter_bytes)? };
-            *memory = Some(allocation);
+            // From here on each launch leaves the counters at zero.
+            *memory = Some(cuda.zeroed(counter_bytes + n_parts * (MAX_HEAD_DIM + 2) * 4)?);
         }
         let ptr = memory.as_ref().expect("it was just made").ptr;
-        launch(ptr, ptr.add(counter_bytes))
+        Ok((ptr, ptr.add(counter_bytes)))
     }
 }

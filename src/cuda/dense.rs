@@ -1,13 +1,315 @@
-//! Launches of `kernels/gemm.cu` and `kernels/gemv.cu`.
+//! Launches of `kernels/gemm.cu`, `kernels/gemm_f32.cu` and `kernels/gemv.cu`.
+
+use std::sync::{Mutex, PoisonError};
 
 use super::Cuda;
-use crate::error::{Error, Result};
-use crate::ops::{Epilogue, Weight};
+use super::driver::{Arg, DevicePtr, Grid};
+use super::launch::{Kernel, address, int};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::ops::{Epilogue, Weight, check};
 use crate::tensor::Tensor;
+
+/// Up to here a product's time is that of reading its weights, and `gemv.cu` does it.
+const GEMV_MAX_TOKENS: usize = 8;
+/// Rows of W of a block of `gemv.cu`.
+const GEMV_ROWS: usize = 16;
+/// Threads of a block there.
+const GEMV_THREADS: usize = 256;
+/// One f32 for each warp, token and row.
+const GEMV_SHARED_BYTES: usize = GEMV_THREADS / 32 * GEMV_MAX_TOKENS * GEMV_ROWS * 4;
+
+/// Threads of a block of the other two files.
+const GEMM_THREADS: usize = 128;
+/// More splits than this cost more in sums than they bring.
+const MAX_SPLITS: usize = 8;
+
+/// A kernel that makes `rows` x `cols` of y with a block, and what a multiprocessor that is full of blocks spends on one, in clocks.
+#[derive(Debug, PartialEq, Eq)]
+struct Tile {
+    kernel: Kernel,
+    rows: usize,
+    cols: usize,
+    /// What a block advances by along k.
+    k_step: usize,
+    shared_bytes: usize,
+    /// For each of k.
+    clocks_per_k: usize,
+    /// To fill the pipeline and to write y.
+    fixed_clocks: usize,
+    /// To write or to read the tile in f32, where it is split.
+    clocks_per_part: usize,
+}
+
+impl Tile {
+    fn count(&self, tokens: usize, n: usize) -> usize {
+        tokens.div_ceil(self.rows) * n.div_ceil(self.cols)
+    }
+
+    /// Bytes of the sums that `splits` blocks of each tile leave for the last one.
+    fn partial_bytes(&self, tokens: usize, n: usize, splits: usize) -> usize {
+        if splits == 1 { 0 } else { self.count(tokens, n) * splits * self.rows * self.cols * 4 }
+    }
+}
+
+/// Tensor cores do 1024 multiply-adds a clock. Small tiles read so much from shared memory that they come to two thirds of that.
+const HALF_TILES: [Tile; 2] = [
+    Tile {
+        kernel: Kernel::Gemm,
+        rows: 128,
+        cols: 128,
+        k_step: 32,
+        shared_bytes: 4 * (128 + 128) * 32 * 2,
+        clocks_per_k: 128 * 128 / 1024,
+        fixed_clocks: 2000,
+        clocks_per_part: 1024,
+    },
+    Tile {
+        kernel: Kernel::GemmSmall,
+        rows: 64,
+        cols: 64,
+        k_step: 64,
+        shared_bytes: 3 * (64 + 64) * 64 * 2,
+        clocks_per_k: 64 * 64 / 1024 * 3 / 2,
+        fixed_clocks: 1200,
+        clocks_per_part: 256,
+    },
+];
+
+/// The other cores do 128; again small tiles wait for shared memory.
+const F32_TILES: [Tile; 2] = [
+    Tile {
+        kernel: Kernel::Gemm,
+        rows: 64,
+        cols: 64,
+        k_step: 16,
+        shared_bytes: 2 * 16 * (68 + 68) * 4 + 4,
+        clocks_per_k: 64 * 64 / 128,
+        fixed_clocks: 1200,
+        clocks_per_part: 256,
+    },
+    Tile {
+        kernel: Kernel::GemmSmall,
+        rows: 32,
+        cols: 32,
+        k_step: 16,
+        shared_bytes: 2 * 16 * (36 + 36) * 4 + 4,
+        clocks_per_k: 32 * 32 / 128 * 3 / 2,
+        fixed_clocks: 1000,
+        clocks_per_part: 64,
+    },
+];
+
+/// Time until the last split of a tile knows that it is the last, in clocks.
+const JOIN_CLOCKS: usize = 700;
+
+/// The tile and the number of splits that should take the least time on so many multiprocessors.
+fn plan(tiles: &'static [Tile], [tokens, n, k]: [usize; 3], n_multiprocessors: usize) -> (&'static Tile, usize) {
+    let time = |tile: &Tile, splits: usize| {
+        // The multiprocessor with the most blocks is the last to finish. A block that is alone on one leaves it idle while it waits, a
+        // quarter of the time or so.
+        let blocks = (tile.count(tokens, n) * splits).div_ceil(n_multiprocessors);
+        let thirds = blocks / 2 * 6 + blocks % 2 * 4;
+        let steps = k.div_ceil(tile.k_step).div_ceil(splits);
+        let join = if splits == 1 { 0 } else { JOIN_CLOCKS + (1 + splits) * tile.clocks_per_part };
+        thirds * (steps * tile.k_step * tile.clocks_per_k + tile.fixed_clocks + join)
+    };
+    let splits_of = |tile: &Tile| 1..=MAX_SPLITS.min(k.div_ceil(tile.k_step)).max(1);
+    let all = tiles.iter().flat_map(|tile| splits_of(tile).map(move |splits| (tile, splits)));
+    all.min_by_key(|&(tile, splits)| time(tile, splits)).expect("there are tiles")
+}
+
+/// Device memory in which the splits of a product leave their sums. Launches are done in order, so all products share it.
+#[derive(Default)]
+pub(super) struct SplitSums(Mutex<Option<Sums>>);
+
+struct Sums {
+    /// Of f32, as many as any product needed yet.
+    partial: Tensor,
+    /// How many splits of a tile are done: zero between launches.
+    arrived: Tensor,
+}
+
+/// A product of one part of a weight, as every kernel of this module takes it.
+struct Product {
+    y: DevicePtr,
+    x: DevicePtr,
+    w: DevicePtr,
+    bias: DevicePtr,
+    /// tokens, n, k
+    size: [usize; 3],
+    /// The last arguments: tokens, n, k, y_stride, epilogue, y_is_f32.
+    scalars: [Arg; 6],
+}
 
 impl Cuda {
     /// [`Ops::linear`](crate::ops::Ops::linear)
-    pub(super) fn linear(&self, _y: &mut Tensor, _x: &Tensor, _w: &Weight, _bias: Option<&Tensor>, _e: Epilogue) -> Result<()> {
-        Err(Error::Unsupported("linear has no kernel yet".into()))
+    pub(super) fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
+        const OP: &str = "linear";
+        check::linear(y, x, w, bias)?;
+        check::dtype(OP, "x", x, self.dtype)?;
+        check::dtype(OP, "W", &w.parts[0], self.dtype)?;
+        if y.dtype() != DType::F32 {
+            check::dtype(OP, "y", y, self.dtype)?;
+        }
+        bias.map_or(Ok(()), |bias| check::dtype(OP, "bias", bias, DType::F32))?;
+        let (tokens, k, y_stride) = (x.rows(), w.k(), y.row_len());
+        // With the largest tile on top, so that no row or column of a tile is beyond the range of an int.
+        int(OP, "tokens", tokens + 128)?;
+        int(OP, "rows of W", w.n() + 128)?;
+        int(OP, "width of x", k + 128)?;
+        let (y_ptr, x_ptr) = (address(OP, "y", y)?, address(OP, "x", x)?);
+        let bias_ptr = bias.map(|bias| address(OP, "bias", bias)).transpose()?;
+        let mut row = 0;
+        for part in &w.parts {
+            let n = part.rows();
+            let product = Product {
+                y: y_ptr.add((w.first_col + row) * y.dtype().size()),
+                x: x_ptr,
+                w: address(OP, "W", part)?,
+                bias: bias_ptr.map_or(DevicePtr(0), |bias| bias.add(row * DType::F32.size())),
+                size: [tokens, n, k],
+                scalars: [
+                    int(OP, "tokens", tokens)?,
+                    int(OP, "rows of W", n)?,
+                    int(OP, "width of x", k)?,
+                    int(OP, "width of y", y_stride)?,
+                    Arg::Int(epilogue as i32),
+                    Arg::Int((y.dtype() == DType::F32).into()),
+                ],
+            };
+            row += n;
+            if tokens == 0 || n == 0 {
+                continue;
+            }
+            // SAFETY: x has `tokens` rows of k, the part n rows of k, both of this device's dtype; y has `tokens` rows of `y_stride`, at
+            // least `first_col` and the rows of all parts, in this dtype or f32 as the last argument says; the bias, if there is one, has
+            // an f32 for each row of all parts (`check::linear`, `check::dtype`). y is borrowed alone, so nothing else lies in it.
+            unsafe {
+                if tokens <= GEMV_MAX_TOKENS {
+                    self.gemv(&product)?;
+                } else {
+                    let tiles = if self.dtype == DType::F32 { &F32_TILES } else { &HALF_TILES };
+                    let (tile, splits) = plan(tiles, product.size, self.driver.n_multiprocessors());
+                    self.gemm(&product, tile, splits)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// Every pointer of the product leads to what its scalars say, on this device; there are tokens, at most [`GEMV_MAX_TOKENS`], and
+    /// n > 0.
+    unsafe fn gemv(&self, product: &Product) -> Result<()> {
+        let &Product { y, x, w, bias, size: [_, n, _], scalars } = product;
+        let args = [[y, x, w, bias].map(Arg::Ptr).as_slice(), &scalars].concat();
+        let grid = Grid { blocks: [n.div_ceil(GEMV_ROWS), 1, 1], threads: GEMV_THREADS, shared_bytes: GEMV_SHARED_BYTES };
+        // SAFETY: the arguments are the kernel's, and the caller vouches for them.
+        unsafe { self.launch(Kernel::Gemv, grid, &args) }
+    }
+
+    /// # Safety
+    /// Every pointer of the product leads to what its scalars say, on this device; there are tokens and n > 0. The tile is one of this
+    /// dtype.
+    unsafe fn gemm(&self, product: &Product, tile: &Tile, splits: usize) -> Result<()> {
+        let &Product { y, x, w, bias, size: [tokens, n, _], scalars } = product;
+        let n_tiles = tile.count(tokens, n);
+        let grid = Grid { blocks: [n_tiles, splits, 1], threads: GEMM_THREADS, shared_bytes: tile.shared_bytes };
+        let launch = |partial, arrived| {
+            let args = [[y, x, w, bias, partial, arrived].map(Arg::Ptr).as_slice(), &scalars].concat();
+            // SAFETY: the arguments are the kernel's, and the caller vouches for those of the product. With one split the kernel touches
+            // neither `partial` nor `arrived`; with several they are as large as their tiles need.
+            unsafe { self.launch(tile.kernel, grid, &args) }
+        };
+        if splits == 1 {
+            return launch(DevicePtr(0), DevicePtr(0));
+        }
+        self.with_split_sums(tile.partial_bytes(tokens, n, splits), n_tiles, launch)
+    }
+
+    /// Calls `launch` with memory for `partial_bytes` of sums and with the counters of `n_tiles` tiles, all of them zero.
+    fn with_split_sums(
+        &self,
+        partial_bytes: usize,
+        n_tiles: usize,
+        launch: impl FnOnce(DevicePtr, DevicePtr) -> Result<()>,
+    ) -> Result<()> {
+        let mut sums = self.split_sums.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !sums.as_ref().is_some_and(|s| s.partial.bytes() >= partial_bytes && s.arrived.len() >= n_tiles) {
+            let held = sums.take().map_or((0, 0), |s| (s.partial.len(), s.arrived.len()));
+            *sums = Some(Sums {
+                partial: self.zeros(&[held.0.max(partial_bytes.div_ceil(4))], DType::F32)?,
+                arrived: self.zeros(&[held.1.max(n_tiles)], DType::I32)?,
+            });
+        }
+        let Sums { partial, arrived } = sums.as_ref().expect("it is there, or was just made");
+        let result = launch(address("linear", "partial sums", partial)?, address("linear", "counters", arrived)?);
+        if result.is_err() {
+            // A launch that came to a bad end may have left counters behind.
+            *sums = None;
+        }
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned(size: [usize; 3]) -> (Kernel, usize) {
+        let (tile, splits) = plan(&HALF_TILES, size, 132);
+        (tile.kernel, splits)
+    }
+
+    #[test]
+    fn products_that_fill_the_device_are_not_split() {
+        assert_eq!(planned([640, 22016, 4096]), (Kernel::Gemm, 1));
+        assert_eq!(planned([16 * 577, 1024, 1024]), (Kernel::Gemm, 1));
+    }
+
+    #[test]
+    fn products_that_leave_multiprocessors_idle_are_split() {
+        assert_eq!(planned([577, 1024, 4096]).0, Kernel::Gemm);
+        assert!(planned([577, 1024, 4096]).1 > 1);
+        assert!(planned([640, 4096, 4096]).1 > 1);
+        assert!(planned([16, 4096, 4096]).1 > 1);
+    }
+
+    #[test]
+    fn the_large_products_of_the_case_table_take_large_tiles() {
+        for k in [41, 72] {
+            assert_eq!(planned([577, 1700, k]).0, Kernel::Gemm);
+            assert_eq!(plan(&F32_TILES, [257, 1100, k], 132).0.kernel, Kernel::Gemm);
+        }
+    }
+
+    #[test]
+    fn small_products_take_small_tiles() {
+        assert_eq!(planned([9, 64, 8]), (Kernel::GemmSmall, 1));
+        assert_eq!(planned([9, 64, 0]), (Kernel::GemmSmall, 1));
+    }
+    /// Products of small integers, whose sums are exact in any order: all tiles, more splits than steps included, twice with one workspace.
+    #[cfg(llava_sim)]
+    #[test]
+    fn every_tile_and_number_of_splits_gives_the_same() {
+        let [tokens, n, k] = [131, 137, 200];
+        let integers = |len: usize, step: usize| (0..len).map(|i| (i * step % 13) as f32 - 6.0).collect::<Vec<_>>();
+        let (xs, ws) = (integers(tokens * k, 5), integers(n * k, 7));
+        let dot = |t: usize, j: usize| (0..k).map(|i| xs[t * k + i] * ws[j * k + i]).sum::<f32>();
+        let expected: Vec<f32> = (0..tokens * n).map(|i| dot(i / n, i % n)).collect();
+        for (dtype, tiles) in [(DType::F32, &F32_TILES), (DType::F16, &HALF_TILES), (DType::Bf16, &HALF_TILES)] {
+            let cuda = Cuda::simulated(2, dtype).unwrap();
+            let put = |rows, values: &[f32]| cuda.to_device(Tensor::from_slice(&[rows, k], values).converted(dtype)).unwrap();
+            let (x, w, y) = (put(tokens, &xs), put(n, &ws), cuda.zeros(&[tokens, n], DType::F32).unwrap());
+            let at = |tensor| address("linear", "operand", tensor).unwrap();
+            let scalars = [tokens, n, k, n, Epilogue::Store as usize, 1].map(|s| Arg::Int(s as i32));
+            let product = Product { y: at(&y), x: at(&x), w: at(&w), bias: DevicePtr(0), size: [tokens, n, k], scalars };
+            for (tile, splits) in tiles.iter().flat_map(|tile| [3, 2, 1, 8].map(|splits| (tile, splits))) {
+                // SAFETY: the tensors are of those sizes, y of f32, and the tile is one of their dtype.
+                unsafe { cuda.gemm(&product, tile, splits).unwrap() };
+                assert_eq!(cuda.to_host(&y).unwrap().to_f32(), expected, "{dtype}, {tile:?}, {splits} splits");
+            }
+        }
     }
 }

@@ -35,6 +35,9 @@ kernels! {
     AttentionD128 "attention_fwd_d128"
     AttentionD256 "attention_fwd_d256"
     AttentionDecode "attention_decode"
+    Gemm "gemm"
+    GemmSmall "gemm_small"
+    Gemv "gemv"
 }
 
 /// The kernels of one dtype, found once.

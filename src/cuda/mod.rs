@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::Result;
+use dense::SplitSums;
 use driver::Driver;
 use launch::Functions;
 use memory::Arena;
@@ -32,6 +33,7 @@ pub struct Cuda {
     queue: Queue,
     arena: Arc<Arena>,
     decode: attention::Workspace,
+    split_sums: SplitSums,
 }
 
 impl Cuda {
@@ -62,7 +64,15 @@ impl Cuda {
     /// A device behind a driver.
     fn on(driver: Arc<dyn Driver>, dtype: DType) -> Result<Self> {
         let functions = Functions::resolve(&*driver, dtype)?;
-        Ok(Self { queue: Queue::new(driver.clone()), arena: Arena::new(driver.clone()), driver, functions, dtype, decode: Default::default() })
+        Ok(Self {
+            queue: Queue::new(driver.clone()),
+            arena: Arena::new(driver.clone()),
+            driver,
+            functions,
+            dtype,
+            decode: Default::default(),
+            split_sums: Default::default(),
+        })
     }
 }
 

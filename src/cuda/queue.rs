@@ -34,6 +34,8 @@ struct State {
     slots: Vec<Slot>,
     /// Slots that pending launches read.
     n_used: usize,
+    /// Launches that have their table and are not queued yet.
+    n_expected: usize,
     /// Sequences seen before, the latest last.
     recorded: VecDeque<Recorded>,
     n_replays: usize,
@@ -71,8 +73,17 @@ impl Queue {
         self.lock().pending.push(launch);
     }
 
+    /// Brings a table of ints to the device and calls `launch`, which queues what reads it.
+    pub fn with_table<R>(&self, words: Vec<i32>, launch: impl FnOnce(DevicePtr) -> Result<R>) -> Result<R> {
+        let ptr = self.stage(words)?;
+        self.lock().n_expected += 1;
+        let result = launch(ptr);
+        self.lock().n_expected -= 1;
+        result
+    }
+
     /// Brings a table of ints to the device. It stays there until the next flush.
-    pub fn stage(&self, words: Vec<i32>) -> Result<DevicePtr> {
+    pub(super) fn stage(&self, words: Vec<i32>) -> Result<DevicePtr> {
         let mut state = self.lock();
         let n_used = state.n_used;
         // All layers of a pass bring the same table.
@@ -105,6 +116,8 @@ impl Queue {
     /// Makes all launches that are queued.
     pub fn flush(&self) -> Result<()> {
         let mut state = self.lock();
+        // Memory must be made before a table is staged, not between that and its launch.
+        assert_eq!(state.n_expected, 0, "flushed while a launch has its table and is not queued");
         let launches = std::mem::take(&mut state.pending);
         state.n_used = 0;
         if launches.len() < MIN_GRAPH {

@@ -20,7 +20,7 @@ pub(super) struct SpanTable {
 impl Cuda {
     /// Calls `launch` with a table of ints on the device.
     pub(super) fn with_ints<R>(&self, words: Vec<i32>, launch: impl FnOnce(DevicePtr) -> Result<R>) -> Result<R> {
-        launch(self.queue.stage(words)?)
+        self.queue.with_table(words, launch)
     }
 
     /// Calls `launch` with the spans of a batch of `tokens` rows. All layers of a pass have the same: they are copied once.
@@ -48,8 +48,9 @@ impl Cuda {
         for span in spans {
             words.extend(span.pages.iter().map(|&page| page as i32));
         }
-        let ptr = self.queue.stage(words)?;
-        let row_span = ptr.add(spans.len() * 16);
-        launch(SpanTable { spans: ptr, row_span, pages: row_span.add(tokens * 4) })
+        self.queue.with_table(words, |ptr| {
+            let row_span = ptr.add(spans.len() * 16);
+            launch(SpanTable { spans: ptr, row_span, pages: row_span.add(tokens * 4) })
+        })
     }
 }

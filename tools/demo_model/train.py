@@ -38,7 +38,11 @@ LOOK_WEIGHT = 1.0
 JOINT_WEIGHT = 4.0
 # The tokens that a patch's projected features are drawn to, in the order of patch_labels' columns.
 PATCH_WORDS = {"shape": SHAPES, "colour": COLOUR_NAMES, "size": SIZE_NAMES, "order": ["one", "two", "three"]}
-PATCH_MARKS = {"objects": "123", "background": "pgn", "height": "xyz"}
+PATCH_MARKS = {
+    "objects": "123", "background": "pgn",
+    "height": "xyz", "from_right": "abc", "from_bottom": "def",  # places counted from the other ends: "rightmost" is one mark, not three
+    "same_shape": "456", "same_colour": "789",  # how many objects share it: counting what looks alike is learnt very late without
+}  # fmt: skip
 STRIDE = 64  # seeds between the first items of two steps: what a step sees depends on no batch size but its own
 PAD_SHARE = 0.25  # pictures padded to square (original profile); the others are cropped (hf profile)
 
@@ -91,8 +95,8 @@ class Encoder:
 
 
 def patch_labels(scene, pad):
-    """int64 [patches, len(AUX) + 1]; the last is the object's place from the top, which only align_loss reads."""
-    labels = np.zeros((GRID, GRID, len(AUX) + 1), np.int64)
+    """int64 [patches, kinds]: AUX, then those that only align_loss reads, in the order of PATCH_WORDS and PATCH_MARKS."""
+    labels = np.zeros((GRID, GRID, len(PATCH_WORDS) + len(PATCH_MARKS)), np.int64)
     labels[..., 4] = min(len(scene.objects), 3) - 1
     labels[..., 5] = BACKGROUNDS.index(scene.background)
     scale = min(scene.width, scene.height) / max(scene.width, scene.height) if pad else 1.0
@@ -101,8 +105,14 @@ def patch_labels(scene, pad):
         u, v = ((1 - scale) / 2 + c * scale for c in (o.x, o.y))
         distance = np.hypot(centres[None, :] - u, centres[:, None] - v)
         on = (distance < 0.45 * o.diameter * scale) | (distance == distance.min())
-        above = sum(other.y < o.y for other in scene.objects)
-        labels[on, 6] = min(above, 2) + 1
+        counts = [
+            sum(other.y < o.y for other in scene.objects) + 1,
+            len(scene.objects) - k,
+            sum(other.y > o.y for other in scene.objects) + 1,
+            sum(other.shape == o.shape for other in scene.objects),
+            sum(other.colour == o.colour for other in scene.objects),
+        ]
+        labels[on, len(AUX) :] = np.minimum(counts, 3)
         labels[on, :4] = [SHAPES.index(o.shape) + 1, COLOUR_NAMES.index(o.colour) + 1, SIZE_NAMES.index(o.size) + 1, min(k, 2) + 1]
     return labels.reshape(N_PATCHES, -1)
 
@@ -117,7 +127,7 @@ def picture_batch(items, crowd_share):
         pixels.append(torch.from_numpy(model_input(render(scene), pad).copy()))
         labels.append(patch_labels(scene, pad))
         if crowded:
-            labels[-1][:, [3, 4, 6]] = IGNORE  # order, number and height mean nothing in a crowd
+            labels[-1][:, [3, 4]] = labels[-1][:, len(AUX) :] = IGNORE  # order and numbers mean nothing in a crowd
     return torch.stack(pixels), torch.from_numpy(np.stack(labels))
 
 

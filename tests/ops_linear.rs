@@ -1,0 +1,192 @@
+//! `linear` on every device against naive f64: hostile shapes, all epilogues, several parts, sentinels around what it may write.
+
+mod reference;
+mod support;
+
+use std::sync::Arc;
+
+use llava_engine::dtype::DType;
+use llava_engine::ops::{Epilogue, Weight};
+use llava_engine::tensor::Tensor;
+use reference::linear::{linear as exact, naive_f32};
+use reference::{Errors, random};
+use support::devices::{TestDevice, devices, kernel_devices, rounded};
+
+/// Stands in the columns that must stay as they are; a value that every dtype holds.
+const SENTINEL: f32 = 12288.0;
+
+/// Rows of x and of the old y repeat after so many: their results must be the same to the last bit, wherever in a tile they stand. It
+/// divides no size of a tile, so that a row in the wrong place is noticed.
+const PERIOD: usize = 7;
+
+/// Results that the naive op's error is taken from, at least.
+const MIN_SAMPLE: usize = 128;
+
+const EPILOGUES: [(Epilogue, &str); 4] =
+    [(Epilogue::Store, "store"), (Epilogue::Add, "add"), (Epilogue::QuickGelu, "quick_gelu"), (Epilogue::Gelu, "gelu")];
+
+/// One product to test.
+#[derive(Clone, Debug)]
+struct Case {
+    tokens: usize,
+    parts: Vec<usize>,
+    k: usize,
+    epilogue: (Epilogue, &'static str),
+    bias: bool,
+    /// Whether y is f32, whatever the activations are.
+    y_f32: bool,
+    /// Columns of y before and after those that are written.
+    margin: (usize, usize),
+}
+
+impl Case {
+    fn new(tokens: usize, n: usize, k: usize) -> Self {
+        Self { tokens, parts: vec![n], k, epilogue: EPILOGUES[0], bias: false, y_f32: false, margin: (0, 0) }
+    }
+
+    /// The same with some choice of everything but the size; numbers from 0 on run through all of them.
+    fn variant(mut self, i: usize) -> Self {
+        let n = self.parts.iter().sum::<usize>();
+        self.epilogue = EPILOGUES[i % 4];
+        self.bias = i / 2 % 2 == 1;
+        self.y_f32 = i % 3 == 1;
+        self.margin = [(0, 0), (5, 3), (16, 0), (0, 8), (8, 8)][i % 5];
+        if i % 7 < 3 && n > 2 {
+            self.parts = vec![n / 3, 1, n - n / 3 - 1];
+        }
+        self
+    }
+
+    fn weight(&self, device: &TestDevice) -> Weight {
+        let part = |(i, &n): (usize, &usize)| Arc::new(device.put(&[n, self.k], &random(n * self.k, 7 + i as u64)));
+        let mut w = Weight::stacked(self.parts.iter().enumerate().map(part).collect()).unwrap();
+        w.first_col = self.margin.0;
+        w
+    }
+
+    /// Runs it and checks the error, that equal rows are equal, and the columns around the result.
+    fn check(&self, device: &TestDevice) {
+        let what = format!("{self:?} on {}", device.name);
+        let (k, tokens, distinct) = (self.k, self.tokens, self.tokens.min(PERIOD));
+        let n = self.parts.iter().sum::<usize>();
+        let y_stride = self.margin.0 + n + self.margin.1;
+        let y_dtype = if self.y_f32 { DType::F32 } else { device.dtype };
+        let repeated = |rows: &[f32], width: usize| rows.iter().copied().cycle().take(tokens * width).collect::<Vec<_>>();
+        // Few results may be near the exact ones by chance, or all near zero: errors are those of a sample, which the naive op fills up.
+        let n_sample = distinct.max(MIN_SAMPLE.div_ceil(n));
+        let x_sample = random(n_sample * k, 1);
+        let old_sample: Vec<f32> = random(n_sample * n, 2).into_iter().map(|v| rounded(v, y_dtype)).collect();
+        let (x, old) = (&x_sample[..distinct * k], &old_sample[..distinct * n]);
+        let bias = self.bias.then(|| random(n, 3));
+
+        let mut y = vec![SENTINEL; tokens * y_stride];
+        for (y, old) in y.chunks_mut(y_stride).zip(repeated(old, n).chunks(n)) {
+            y[self.margin.0..][..n].copy_from_slice(old);
+        }
+        let mut y = device.ops.upload(Tensor::from_slice(&[tokens, y_stride], &y).converted(y_dtype)).unwrap();
+        let w = self.weight(device);
+        let bias_tensor = bias.as_deref().map(|b| device.put_f32(&[n], b));
+        let x_tensor = device.put(&[tokens, k], &repeated(x, k));
+        let done = device.ops.linear(&mut y, &x_tensor, &w, bias_tensor.as_ref(), self.epilogue.0);
+        done.unwrap_or_else(|e| panic!("{what}: {e}"));
+
+        let mut result: Vec<f32> = Vec::new();
+        for (row, y) in device.get(&y).chunks(y_stride).enumerate() {
+            let (before, rest) = y.split_at(self.margin.0);
+            let (r, after) = rest.split_at(n);
+            assert!(before.iter().chain(after).all(|&s| s == SENTINEL), "{what}: row {row} was written beside the result");
+            if row < distinct {
+                result.extend_from_slice(r);
+            } else {
+                assert_eq!(r, &result[row % PERIOD * n..][..n], "{what}: row {row} differs from an equal one");
+            }
+        }
+        let x = device.round(&x_sample);
+        let weights: Vec<f32> = w.parts.iter().flat_map(|part| device.get(part)).collect();
+        let exact = exact(&x, &weights, bias.as_deref(), &old_sample, k, self.epilogue.1);
+        let naive = naive_f32(&x, &weights, bias.as_deref(), &old_sample, k, self.epilogue.1);
+        let naive: Vec<f32> = naive.into_iter().map(|v| rounded(v, y_dtype)).collect();
+        result.extend_from_slice(&naive[result.len()..]);
+        Errors::of(&result, &exact).check_twice(Errors::of(&naive, &exact), &what);
+    }
+}
+
+/// Around the sizes of vectors, warps and tiles, and far from all of them.
+#[test]
+fn hostile_shapes() {
+    for device in devices() {
+        let mut i = 0;
+        for tokens in [1, 2, 3, 7, 8, 9, 17, 111] {
+            for n in [1, 2, 5, 9, 111, 130] {
+                for k in [1, 3, 8, 17, 64, 111, 577] {
+                    Case::new(tokens, n, k).variant(i).check(&device);
+                    i += 1;
+                }
+            }
+        }
+    }
+}
+
+/// With as many steps along k as there are stages: the last reads are of the memory that the end of the kernel uses otherwise.
+#[test]
+fn every_variant() {
+    for device in devices() {
+        for i in 0..60 {
+            Case::new([3, 33][i / 4 % 2], 75, 192).variant(i).check(&device);
+        }
+    }
+}
+
+/// Few tiles and a long k: several blocks make one sum. Twice, for what the first may have left behind.
+#[test]
+fn split_sums() {
+    for device in devices() {
+        for (i, (tokens, n, k)) in
+            [(9, 64, 1024), (70, 65, 1032), (70, 65, 1032), (65, 33, 1999), (12, 40, 960)].into_iter().enumerate()
+        {
+            Case::new(tokens, n, k).variant(i).check(&device);
+        }
+    }
+}
+
+/// So much of y that tiles are large, with tails in both directions, as k % 8 allows vectors and as it does not.
+#[test]
+fn large_tiles() {
+    for device in kernel_devices() {
+        // src/cuda/dense.rs tests that these are large enough.
+        let (tokens, n) = if device.dtype == DType::F32 { (257, 1100) } else { (577, 1700) };
+        for (i, k) in [72, 41].into_iter().enumerate() {
+            Case::new(tokens, n, k).variant(i).check(&device);
+        }
+    }
+}
+
+#[test]
+fn no_tokens_and_no_terms() {
+    for device in devices() {
+        let case = Case::new(0, 4, 4);
+        let mut y = device.put(&[0, 4], &[]);
+        device.ops.linear(&mut y, &device.put(&[0, 4], &[]), &case.weight(&device), None, Epilogue::Store).unwrap();
+    }
+}
+
+#[test]
+fn other_dtypes_are_refused() {
+    for device in kernel_devices().into_iter().filter(|d| d.dtype != DType::F32) {
+        let (mut y, x) = (device.put(&[2, 4], &[0.0; 8]), device.put(&[2, 3], &[0.0; 6]));
+        let w = Case::new(2, 4, 3).weight(&device);
+        let f32s = |shape: &[usize]| device.put_f32(shape, &vec![0.0; shape.iter().product()]);
+        let error = device.ops.linear(&mut y, &f32s(&[2, 3]), &w, None, Epilogue::Store).unwrap_err();
+        assert!(error.to_string().contains("dtype of x"), "{error}");
+        let half_bias = device.put(&[4], &[0.0; 4]);
+        let error = device.ops.linear(&mut y, &x, &w, Some(&half_bias), Epilogue::Store).unwrap_err();
+        assert!(error.to_string().contains("dtype of bias"), "{error}");
+        let f32_weight = Weight::stacked(vec![Arc::new(f32s(&[4, 3]))]).unwrap();
+        let error = device.ops.linear(&mut y, &x, &f32_weight, None, Epilogue::Store).unwrap_err();
+        assert!(error.to_string().contains("dtype of W"), "{error}");
+        let wrong_half = if device.dtype == DType::F16 { DType::Bf16 } else { DType::F16 };
+        let mut y = device.ops.alloc(&[2, 4], wrong_half).unwrap();
+        let error = device.ops.linear(&mut y, &x, &w, None, Epilogue::Store).unwrap_err();
+        assert!(error.to_string().contains("dtype of y"), "{error}");
+    }
+}
