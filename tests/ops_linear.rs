@@ -162,11 +162,25 @@ fn large_tiles() {
 }
 
 #[test]
-fn no_tokens_and_no_terms() {
+fn no_tokens() {
     for device in devices() {
         let case = Case::new(0, 4, 4);
         let mut y = device.put(&[0, 4], &[]);
         device.ops.linear(&mut y, &device.put(&[0, 4], &[]), &case.weight(&device), None, Epilogue::Store).unwrap();
+    }
+}
+
+/// Sums of nothing: the bias is left.
+#[test]
+fn no_terms() {
+    for device in kernel_devices() {
+        for tokens in [2, 9] {
+            let mut y = device.ops.alloc(&[tokens, 3], device.dtype).unwrap();
+            let w = Weight::stacked(vec![Arc::new(device.put(&[3, 0], &[]))]).unwrap();
+            let bias = device.put_f32(&[3], &[1.0, 2.0, 3.0]);
+            device.ops.linear(&mut y, &device.put(&[tokens, 0], &[]), &w, Some(&bias), Epilogue::Store).unwrap();
+            assert_eq!(device.get(&y), [1.0, 2.0, 3.0].repeat(tokens), "{tokens} tokens on {}", device.name);
+        }
     }
 }
 
