@@ -116,7 +116,8 @@ fn make_up(args: &Args, dtype: DType, options: &EngineOptions) -> Result<Opened>
     Ok((Runner::new(ops, model, dtype)?, records, dtype))
 }
 
-/// Runs every phase `repeat` times, in turn, with the machine's peaks probed before each round where the processor does the work.
+/// Runs every phase `repeat` times, in turn. Where the processor does the work, the machine's peaks are probed right before and after each
+/// run, and their means count: a machine that is shared may be half as fast a few seconds later.
 fn measure(args: &Args, runner: &mut Runner, records: &Records) -> Result<[Phase; 3]> {
     let config = runner.model().config().clone();
     let (image_tokens, size) = (config.tokens_per_image(), config.vision.image_size);
@@ -137,14 +138,18 @@ fn measure(args: &Args, runner: &mut Runner, records: &Records) -> Result<[Phase
     let phase = |name, tokens, context| Phase { name, tokens, context, runs: Vec::new() };
     let mut phases =
         [phase("encode", image_tokens, 0), phase("prefill", prompt, prompt), phase("decode", new - 1, prompt + new - 1)];
+    let probe = || on_cpu.then(|| Peaks::measure(args.threads));
     for _ in 0..args.repeat {
-        let peaks = on_cpu.then(|| Peaks::measure(args.threads));
-        let timed = |phase: &mut Phase, work: &mut dyn FnMut() -> Result<()>| -> Result<()> {
+        let mut before = probe();
+        let mut timed = |phase: &mut Phase, work: &mut dyn FnMut() -> Result<()>| -> Result<()> {
             let (bytes, flops) = totals(records);
             let start = Instant::now();
             work()?;
             let ms = start.elapsed().as_secs_f64() * 1e3;
             let (bytes_after, flops_after) = totals(records);
+            let after = probe();
+            let peaks = before.zip(after).map(|(a, b)| a.mean(b));
+            before = after;
             phase.runs.push(Run { ms, bytes: bytes_after - bytes, flops: flops_after - flops, peaks });
             Ok(())
         };
@@ -178,8 +183,7 @@ impl Phase {
         ms
     }
 
-    /// Median share of the peak that bounds the phase, in percent: each run against the peaks probed just before it. Decoding is bound by
-    /// memory; the rest by arithmetic, in bf16 where both the weights and the processor have it.
+    /// Median share of the peak that bounds the phase, in percent: each run against the peaks probed beside it. Decoding is bound by memory; the rest by arithmetic, in bf16 where both the weights and the processor have it.
     fn percent_of_limit(&self, stored: DType) -> Option<f64> {
         let share = |run: &Run| {
             let peaks = run.peaks?;
@@ -208,7 +212,7 @@ impl Phase {
 
 fn report(args: &Args, runner: &Runner, phases: &[Phase], stored: DType, load_ms: f64) -> Result<Outcome> {
     // Other programs only ever make a machine slower: the best of the probes is what it can do.
-    let peaks = phases[0].runs.iter().filter_map(|r| r.peaks).reduce(|a, b| Peaks {
+    let peaks = phases.iter().flat_map(|p| &p.runs).filter_map(|r| r.peaks).reduce(|a, b| Peaks {
         read_gbps: a.read_gbps.max(b.read_gbps),
         gflops: a.gflops.max(b.gflops),
         bf16_gflops: a.bf16_gflops.zip(b.bf16_gflops).map(|(a, b)| a.max(b)),

@@ -178,6 +178,15 @@ pub struct Peaks {
 }
 
 impl Peaks {
+    /// Between two measurements.
+    pub fn mean(self, other: Self) -> Self {
+        Self {
+            read_gbps: (self.read_gbps + other.read_gbps) / 2.0,
+            gflops: (self.gflops + other.gflops) / 2.0,
+            bf16_gflops: self.bf16_gflops.zip(other.bf16_gflops).map(|(a, b)| (a + b) / 2.0),
+        }
+    }
+
     /// Measures with `n_threads` threads (0: as many as the machine runs at once). Takes about a second.
     pub fn measure(n_threads: usize) -> Self {
         let pool = Pool::new(if n_threads == 0 { std::thread::available_parallelism().map_or(1, |n| n.get()) } else { n_threads });
