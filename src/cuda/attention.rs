@@ -142,6 +142,6 @@ impl Workspace {
             *memory = Some(cuda.zeroed(counter_bytes + n_parts * (MAX_HEAD_DIM + 2) * 4)?);
         }
         let ptr = memory.as_ref().expect("it was just made").ptr;
-        Ok((ptr, ptr.add(counter_bytes)))
+        Ok((ptr, ptr.offset(counter_bytes)))
     }
 }

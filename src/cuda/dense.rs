@@ -164,10 +164,10 @@ impl Cuda {
         for part in &w.parts {
             let n = part.rows();
             let product = Product {
-                y: y_ptr.add((w.first_col + row) * y.dtype().size()),
+                y: y_ptr.offset((w.first_col + row) * y.dtype().size()),
                 x: x_ptr,
                 w: address(OP, "W", part)?,
-                bias: bias_ptr.map_or(DevicePtr(0), |bias| bias.add(row * DType::F32.size())),
+                bias: bias_ptr.map_or(DevicePtr(0), |bias| bias.offset(row * DType::F32.size())),
                 size: [tokens, n, k],
                 scalars: [
                     int(OP, "tokens", tokens)?,

@@ -49,8 +49,8 @@ impl Cuda {
             words.extend(span.pages.iter().map(|&page| page as i32));
         }
         self.queue.with_table(words, |ptr| {
-            let row_span = ptr.add(spans.len() * 16);
-            launch(SpanTable { spans: ptr, row_span, pages: row_span.add(tokens * 4) })
+            let row_span = ptr.offset(spans.len() * 16);
+            launch(SpanTable { spans: ptr, row_span, pages: row_span.offset(tokens * 4) })
         })
     }
 }

@@ -19,7 +19,7 @@ pub struct DevicePtr(pub u64);
 
 impl DevicePtr {
     /// `bytes` further on.
-    pub fn add(self, bytes: usize) -> Self {
+    pub fn offset(self, bytes: usize) -> Self {
         Self(self.0 + bytes as u64)
     }
 }
