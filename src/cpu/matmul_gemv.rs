@@ -85,7 +85,10 @@ impl<E: Stored> Kernel for Task<'_, E> {
 type Sums<S, const T: usize> = [<S as Simd>::V; T];
 
 impl<E: Stored> Task<'_, E> {
-    /// The product for `T` tokens, `R` rows at a time, in groups of LANES rows: a group's results are written as vectors.
+    /// The product for `T` tokens, `R` rows at a time, in groups of rows, whose results are written as vectors.
+    ///
+    /// The `R` rows stand as far apart as they can in the group: each is followed by its next, so that the processor reads `R` streams of
+    /// several rows and not one of `R` short ones.
     ///
     /// # Safety
     /// That of [`Simd`]; there are `T` tokens.
@@ -94,9 +97,10 @@ impl<E: Stored> Task<'_, E> {
         let Self { op, x, block } = self;
         let k = op.k;
         let weights = &op.parts[block.part][block.row * k..][..block.n_rows * k];
-        let chunk = X_BYTES / size_of::<f32>() / T / S::LANES * S::LANES;
-        for group in (0..block.n_rows).step_by(S::LANES) {
-            let n = S::LANES.min(block.n_rows - group);
+        // One token is bound by memory alone, and streams must not break off: x may come from L2.
+        let chunk = if T == 1 { k.max(1) } else { X_BYTES / size_of::<f32>() / T / S::LANES * S::LANES };
+        for group in (0..block.n_rows).step_by(MAX_LANES) {
+            let n = MAX_LANES.min(block.n_rows - group);
             // SAFETY: rows and tokens are inside W and x, chunks inside k; columns of y belong to this task alone.
             unsafe {
                 let mut sums = [[S::splat(0.0); T]; MAX_LANES];
@@ -104,14 +108,12 @@ impl<E: Stored> Task<'_, E> {
                     let len = chunk.min(k - start);
                     let w = weights.as_ptr().add(group * k + start);
                     let x = x.as_ptr().add(start * T);
-                    let mut j = 0;
-                    while j + R <= n {
-                        add_dots::<S, E, R, T>(&mut sums[j..j + R], len, k, w.add(j * k), x);
-                        j += R;
+                    let apart = n / R;
+                    for j in 0..apart {
+                        add_dots::<S, E, R, T>(&mut sums[j..], apart, len, k, w.add(j * k), x);
                     }
-                    while j < n {
-                        add_dots::<S, E, 1, T>(&mut sums[j..j + 1], len, k, w.add(j * k), x);
-                        j += 1;
+                    for j in apart * R..n {
+                        add_dots::<S, E, 1, T>(&mut sums[j..], 1, len, k, w.add(j * k), x);
                     }
                 }
                 for token in 0..T {
@@ -119,20 +121,23 @@ impl<E: Stored> Task<'_, E> {
                     for j in 0..n {
                         row[j] = S::reduce_add(sums[j][token]);
                     }
-                    op.out.finish::<S>(token, block.col + group, n, S::load(row.as_ptr()));
+                    for j in (0..n).step_by(S::LANES) {
+                        op.out.finish::<S>(token, block.col + group + j, S::LANES.min(n - j), S::load(row.as_ptr().add(j)));
+                    }
                 }
             }
         }
     }
 }
 
-/// sums\[r\]\[t\] += w\[r\]\[i\]·x\[t\]\[i\], vector by vector, for i < `len`: rows of W are `k` apart, x is packed.
+/// sums\[r·apart\]\[t\] += w\[r·apart\]\[i\]·x\[t\]\[i\], vector by vector, for r < `R` and i < `len`: rows of W are `k` long, x is packed.
 ///
 /// # Safety
-/// That of [`Simd`]; `sums` has `R` rows, w and x reach as far as said.
+/// That of [`Simd`]; `sums` has these rows, w and x reach as far as said.
 #[inline(always)]
 unsafe fn add_dots<S: Simd, E: Stored, const R: usize, const T: usize>(
     sums: &mut [Sums<S, T>],
+    apart: usize,
     len: usize,
     k: usize,
     w: *const E,
@@ -141,7 +146,9 @@ unsafe fn add_dots<S: Simd, E: Stored, const R: usize, const T: usize>(
     // SAFETY: the caller's; vectors end at `len`.
     unsafe {
         let mut acc = [[S::splat(0.0); T]; R];
-        acc.copy_from_slice(sums);
+        for r in 0..R {
+            acc[r] = sums[r * apart];
+        }
         let whole = len - len % S::LANES;
         for i in (0..whole).step_by(S::LANES) {
             let mut xs = [S::splat(0.0); T];
@@ -149,10 +156,11 @@ unsafe fn add_dots<S: Simd, E: Stored, const R: usize, const T: usize>(
                 xs[t] = S::load(x.add(i * T + t * S::LANES));
             }
             for r in 0..R {
-                let p = w.add(r * k + i);
-                // The next rows: neither running ahead out of order nor the processor's own prefetching, which stops at each page, has
-                // enough of them under way.
-                S::prefetch(p.wrapping_add(R * k).cast());
+                let p = w.add(r * apart * k + i);
+                // Fewer than four streams do not keep enough lines under way by themselves.
+                if R < 4 {
+                    S::prefetch(p.wrapping_add(k).cast());
+                }
                 let weight = E::load::<S>(p);
                 for t in 0..T {
                     acc[r][t] = S::fma(weight, xs[t], acc[r][t]);
@@ -161,12 +169,14 @@ unsafe fn add_dots<S: Simd, E: Stored, const R: usize, const T: usize>(
         }
         if whole < len {
             for r in 0..R {
-                let weight = E::load_part::<S>(w.add(r * k + whole), len - whole);
+                let weight = E::load_part::<S>(w.add(r * apart * k + whole), len - whole);
                 for t in 0..T {
                     acc[r][t] = S::fma(weight, S::load(x.add(whole * T + t * S::LANES)), acc[r][t]);
                 }
             }
         }
-        sums.copy_from_slice(&acc);
+        for r in 0..R {
+            sums[r * apart] = acc[r];
+        }
     }
 }
