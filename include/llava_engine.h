@@ -2,6 +2,9 @@
  *
  * Every function that can fail returns a status, LLAVA_OK or another; llava_last_error() says in words what the last failure of
  * this thread was. Functions may be called from any thread; calls on one engine wait for one another, except llava_cancel.
+ *
+ * Linking: -lllava_engine, or libllava_engine.a with -lstdc++ -lpthread -ldl -lm (the kernel simulator is C++; a library built with
+ * LLAVA_SIM=off does without -lstdc++).
  */
 
 
@@ -35,6 +38,9 @@
 // A fault in the library itself: please report it. The engine it happened in must be freed.
 #define LLAVA_INTERNAL 6
 
+// The device failed: out of memory, or a kernel went wrong. The engine must be freed.
+#define LLAVA_DEVICE 7
+
 // An open model. Calls on one engine from several threads wait for one another; different engines are independent.
 typedef struct llava_engine llava_engine;
 
@@ -65,7 +71,7 @@ const char *llava_last_error(void);
 
 // Opens the model in the folder, or of the hub id, `model`, and stores the engine in `*engine`.
 //
-// `options_json` is null or an object with any of: `device`, `dtype`, `threads`, `model_base`, `preprocess`, `template`,
+// `options_json` is null or an object with any of: `device`, `dtype`, `check_ops`, `threads`, `model_base`, `preprocess`, `template`,
 // `context_tokens`. They mean what the flags of the command line mean.
 //
 // # Safety

@@ -220,7 +220,7 @@ pub extern "C" fn llava_last_error() -> *const c_char {
 
 /// Opens the model in the folder, or of the hub id, `model`, and stores the engine in `*engine`.
 ///
-/// `options_json` is null or an object with any of: `device`, `dtype`, `threads`, `model_base`, `preprocess`, `template`,
+/// `options_json` is null or an object with any of: `device`, `dtype`, `check_ops`, `threads`, `model_base`, `preprocess`, `template`,
 /// `context_tokens`. They mean what the flags of the command line mean.
 ///
 /// # Safety

@@ -75,7 +75,8 @@ fn a_c_program_runs_against_the_static_library() {
     let program = dir.path().join("capi");
     let archive = libraries().join("libllava_engine.a");
     assert!(archive.exists(), "no static library at {}", archive.display());
-    compile("tests/capi.c", &program, &[archive.to_str().unwrap()]);
+    // As the header says.
+    compile("tests/capi.c", &program, &[archive.to_str().unwrap(), "-lstdc++"]);
     let mut command = Command::new(program);
     command.arg(fixture("checkpoints/hf_gqa_bf16")).arg(fixture("images/square.png"));
     assert!(run(command).contains("all checks passed"));
