@@ -21,40 +21,48 @@ fn rms_norm_runs() {
     }
 }
 
-/// The same launches three times: made one by one, recorded, replayed; with a table that changes in between.
+/// The same launches four times, on other rows of a table each time: made one by one, then recorded, then replayed.
 #[test]
 fn launches_that_come_again_are_replayed_with_new_tables() {
-    let cuda = Cuda::simulated(1, DType::F32).unwrap();
-    let w = cuda.to_device(Tensor::from_slice(&[4], &[1.0f32; 4])).unwrap();
-    let mut x = cuda.to_device(Tensor::from_slice(&[2, 4], &[3.0f32, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0])).unwrap();
-    let mut y = cuda.zeros(&[2, 4], DType::F32).unwrap();
-    let mut results = Vec::new();
-    for round in 0..4 {
-        let table = cuda.queue.stage(vec![round; 3]).unwrap();
-        assert_eq!(cuda.queue.stage(vec![round; 3]).unwrap(), table, "the same table is copied once");
-        assert_ne!(cuda.queue.stage(vec![-1]).unwrap(), table);
-        for _ in 0..5 {
-            cuda.rms_norm(&mut y, &x, &w, 0.5).unwrap();
-            cuda.rms_norm(&mut x, &y, &w, 0.25).unwrap();
+    let rows = [3.0f32, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0, 5.0, 3.0, 5.0, 8.0];
+    let round_ids = [[0, 1], [2, 0], [1, 2], [0, 0]];
+    let run = |flush_each: bool| {
+        let cuda = Cuda::simulated(1, DType::F32).unwrap();
+        let w = cuda.to_device(Tensor::from_slice(&[4], &[1.0f32; 4])).unwrap();
+        let table = cuda.to_device(Tensor::from_slice(&[3, 4], &rows)).unwrap();
+        let [mut x, mut y] = [0, 0].map(|_| cuda.zeros(&[2, 4], DType::F32).unwrap());
+        let between = || {
+            if flush_each {
+                cuda.queue.flush().unwrap()
+            }
+        };
+        let mut results = Vec::new();
+        for (round, ids) in round_ids.iter().enumerate() {
+            cuda.embed(&mut x, &table, ids).unwrap();
+            between();
+            for _ in 0..5 {
+                cuda.rms_norm(&mut y, &x, &w, 0.5).unwrap();
+                between();
+                cuda.rms_norm(&mut x, &y, &w, 0.25).unwrap();
+                between();
+            }
+            results.push(cuda.to_host(&x).unwrap().to_f32());
+            assert_eq!(cuda.queue.n_replays(), if flush_each { 0 } else { round });
         }
-        results.push(cuda.to_host(&x).unwrap().to_f32());
-        assert_eq!(cuda.queue.n_replays(), round.max(0) as usize);
-    }
-    // The same work by launches that never come again.
+        results
+    };
+    let expected = run(true);
+    assert!(expected[0] != expected[1] && expected[1] != expected[2] && expected[2] != expected[3]);
+    assert_eq!(run(false), expected);
+}
+
+/// Tables of one flush have places of their own, and the same table has one.
+#[test]
+fn tables_are_staged_side_by_side() {
     let cuda = Cuda::simulated(1, DType::F32).unwrap();
-    let w = cuda.to_device(Tensor::from_slice(&[4], &[1.0f32; 4])).unwrap();
-    let mut x = cuda.to_device(Tensor::from_slice(&[2, 4], &[3.0f32, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0])).unwrap();
-    let mut y = cuda.zeros(&[2, 4], DType::F32).unwrap();
-    for expected in results {
-        for _ in 0..5 {
-            cuda.rms_norm(&mut y, &x, &w, 0.5).unwrap();
-            cuda.queue.flush().unwrap();
-            cuda.rms_norm(&mut x, &y, &w, 0.25).unwrap();
-            cuda.queue.flush().unwrap();
-        }
-        assert_eq!(cuda.to_host(&x).unwrap().to_f32(), expected);
-    }
-    assert_eq!(cuda.queue.n_replays(), 0);
+    let table = cuda.queue.stage(vec![7; 3]).unwrap();
+    assert_ne!(cuda.queue.stage(vec![-1]).unwrap(), table);
+    assert_eq!(cuda.queue.stage(vec![7; 3]).unwrap(), table);
 }
 
 #[test]
