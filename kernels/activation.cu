@@ -17,6 +17,7 @@ __device__ inline float silu_mul(float gate, float up) { return gate / (1.0f + e
 template <typename T> __device__ inline void silu_mul_fwd(T* y, const T* gate_up, int n) {
     constexpr int N = Vec16<T>::N;
     constexpr int COLUMNS = THREADS * N;
+    begin_launch();
     const T* gate = gate_up + size_t(blockIdx.x) * 2 * n;
     const T* up = gate + n;
     T* out = y + size_t(blockIdx.x) * n;

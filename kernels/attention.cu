@@ -53,6 +53,7 @@ template <typename T> struct Work {
 template <typename T>
 __device__ inline Work<T> work_of_block(T* out, const T* qkv, const T* k, const T* v, const int* spans, const int* pages, int n_heads,
                                         int n_kv_heads, int head_dim, int page_tokens, int causal) {
+    begin_launch();
     const int* span = spans + 4 * blockIdx.z;
     const int first_row = span[0], head = blockIdx.y, kv_head = head / (n_heads / n_kv_heads);
     const int qkv_width = (n_heads + 2 * n_kv_heads) * head_dim;

@@ -85,6 +85,7 @@ __device__ inline void attention_decode(T* out, float* parts, int* arrivals, con
                                         const int* pages, int n_heads, int n_kv_heads, int head_dim, int page_tokens, float scale_log2,
                                         unsigned char* shared) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    begin_launch();
     const int* span = spans + 4 * blockIdx.z;
     const int row = span[0], context = span[2] + 1;
     const int head = blockIdx.y, kv_head = head / (n_heads / n_kv_heads), n_splits = gridDim.x;

@@ -4,6 +4,7 @@
 // Rules that make both possible:
 //  - shared memory is dynamic, taken with SHARED_MEMORY and carved up by the kernel (its launch says how many bytes);
 //  - instructions that C++ has no word for (mma, ldmatrix, cp.async) are called through the wrappers of mma.cuh and async_copy.cuh;
+//  - a kernel calls wait_for_previous() before it touches anything that another launch writes or reads;
 //  - helpers stand in an anonymous namespace, kernels outside of it, and each kernel is registered by name.
 #pragma once
 
@@ -66,17 +67,26 @@ template <typename T> struct Vec16 {
         expect_aligned(p);
         return {*reinterpret_cast<const uint4*>(p)};
     }
-    // For weights that are read once: they should not push activations out of L1.
+    // What is read once should not push activations out of L1.
     __device__ static Vec16 load_streaming(const T* p) {
 #ifdef LLAVA_SIM
         return load(p);
 #else
+        return load_constant(p);
+#endif
+    }
+    // The same, of weights, which no launch writes: wait_for_previous() may come later.
+    __device__ static Vec16 load_constant(const T* p) {
         Vec16 v;
+#ifdef LLAVA_SIM
+        expect_aligned(p);
+        sim::read_constant(&v.raw, p, sizeof v.raw);
+#else
         asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(v.raw.x), "=r"(v.raw.y), "=r"(v.raw.z), "=r"(v.raw.w)
                      : "l"(p));
-        return v;
 #endif
+        return v;
     }
     __device__ void store(T* p) const {
         expect_aligned(p);
@@ -101,6 +111,33 @@ template <typename T> __device__ inline void load_part(float (&out)[Vec16<T>::N]
 
 // Whether p is a multiple of 16 bytes.
 __device__ inline bool is_aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+
+// ---------------------------------------------------------------- launches that overlap
+//
+// From sm_90 on, launches are made with programmatic stream serialization: a kernel may begin as soon as all blocks of the one before have
+// called let_next_begin() or ended, and its blocks then take the places that those leave. What it does before wait_for_previous() (its
+// indices, the first weights) costs no time of its own. Afterwards all launches before are done and what they wrote is seen: each waited
+// for the one before it.
+
+__device__ inline void wait_for_previous() {
+#ifdef LLAVA_SIM
+    sim::wait_for_previous();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_next_begin() {
+#if !defined(LLAVA_SIM) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// How most kernels begin.
+__device__ inline void begin_launch() {
+    let_next_begin();
+    wait_for_previous();
+}
 
 // ---------------------------------------------------------------- reductions
 

@@ -26,17 +26,20 @@ template <typename T> __device__ inline void copy_row(T* to, const T* from, int 
 }
 
 template <typename T> __device__ inline void embed_fwd(T* y, const T* table, const int* ids, int hidden) {
+    begin_launch();
     const size_t row = blockIdx.x;
     copy_row(y + row * hidden, table + size_t(ids[row]) * hidden, hidden);
 }
 
 template <typename T> __device__ inline void copy_rows_fwd(T* y, const T* x, const int* pairs, int hidden) {
+    begin_launch();
     const size_t pair = blockIdx.x;
     copy_row(y + size_t(pairs[pair * 2]) * hidden, x + size_t(pairs[pair * 2 + 1]) * hidden, hidden);
 }
 
 // Element by element: a run of p = 14 pixels begins at no multiple of 16 bytes, and neither does every row of y. It is done once an image.
 template <typename T> __device__ inline void patchify_fwd(T* y, const float* pixels, int height, int width, int p) {
+    begin_launch();
     const int patch_columns = width / p, n_patches = height / p * patch_columns, n = 3 * p * p;
     const int image = blockIdx.x / n_patches, patch = blockIdx.x % n_patches;
     const float* corner = pixels + size_t(image) * 3 * height * width + size_t(patch / patch_columns) * p * width + patch % patch_columns * p;
@@ -49,6 +52,7 @@ template <typename T> __device__ inline void patchify_fwd(T* y, const float* pix
 template <typename T>
 __device__ inline void clip_embed_fwd(T* y, const T* patches, const float* cls, const float* positions, int n_positions, int hidden) {
     constexpr int N = Vec16<T>::N;
+    begin_launch();
     const int image = blockIdx.x / n_positions, token = blockIdx.x % n_positions;
     T* out = y + size_t(blockIdx.x) * hidden;
     const float* position = positions + size_t(token) * hidden;

@@ -2,8 +2,8 @@
 //
 //   y[t, j] = epilogue(Σ_i x[t, i]·W[j, i] + bias[j])
 //
-// Layouts: x [tokens, k], W [n, k] of T, contiguous; bias [n] of f32 or null; y rows of `y_stride` elements of T or f32, of which n are
-// written (epilogue: gemm.cuh). Any size and any alignment of T; where k % 8 != 0, rows are not 16-byte aligned and are copied by elements.
+// Layouts: x [tokens, k], W [n, k] of T, contiguous, or in parts; bias [n] of f32 or null; y rows of `y_stride` elements of T or f32, of
+// which n are written (epilogue, parts: gemm.cuh). Any size and any alignment of T; where k % 8 != 0, rows are not 16-byte aligned and are copied by elements.
 // Grid: (tiles, splits). A block sums its split of k for one tile of y; with several splits the last block of a tile to finish adds them up
 // through `partial` [tiles, splits, ROWS, COLS] of f32 and `arrived` [tiles], which is zero before and after.
 // Sums in f32, each in the order of k within a split and then in the order of splits: the same from run to run, and the same for a row
@@ -125,13 +125,13 @@ template <typename S> struct Fragments {
 
 // Sums a split of the tile at `place`. Ends with all warps done with shared memory and all copies landed.
 template <typename T, typename S>
-__device__ inline void multiply(float (&acc)[S::M * S::N][4], const T* x, const T* w, TilePlace place, int tokens, int n, int k,
-                                T* stages) {
+__device__ inline void multiply(float (&acc)[S::M * S::N][4], const T* x, const TilePlace<T>& place, int tokens, int k, T* stages) {
+    const T* const w = place.part.w;
     const bool vectors = k % CHUNK == 0 && is_aligned16(x) && is_aligned16(w);
     const Steps steps(k, S::K);
     const int first_col = steps.begin * S::K;
     Copier<T, S, S::ROWS> x_copier(x, place.row, tokens, first_col, k);
-    Copier<T, S, S::COLS> w_copier(w, place.col, n, first_col, k);
+    Copier<T, S, S::COLS> w_copier(w, place.col, place.part.n, first_col, k);
     int cols_left = k - first_col - threadIdx.x % S::CHUNKS * CHUNK;
     const auto copy = [&](int step, T* stage) {
         if (step < steps.end) {
@@ -184,7 +184,7 @@ __device__ inline void multiply(float (&acc)[S::M * S::N][4], const T* x, const 
 
 // Writes a warp's sums: 16 rows at a time go through `turn`, memory of the warp alone, so that a lane then has 8 neighbours of a row.
 template <typename T, typename S>
-__device__ inline void write(const float (&acc)[S::M * S::N][4], const Output<T>& out, TilePlace place, float* turn) {
+__device__ inline void write(const float (&acc)[S::M * S::N][4], const Output<T>& out, const TilePlace<T>& place, float* turn) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = lane / 4, pair = lane % 4;
     constexpr int LANES_OF_ROW = S::WARP_COLS / 8, ROWS_AT_ONCE = WARP / LANES_OF_ROW;
     const int row = place.row + warp / 2 * S::WARP_ROWS, col = place.col + warp % 2 * S::WARP_COLS + lane % LANES_OF_ROW * 8;
@@ -214,24 +214,26 @@ __device__ inline void write(const float (&acc)[S::M * S::N][4], const Output<T>
 }
 
 template <typename T, typename S>
-__device__ inline void gemm(const Output<T>& out, const T* x, const T* w, float* partial, unsigned* arrived, int k, unsigned char* shared) {
-    const TilePlace place(S::ROWS, S::COLS, out.tokens, out.n);
+__device__ inline void gemm(const Output<T>& out, const T* x, const Parts<T>& w, float* partial, unsigned* arrived, int k,
+                            unsigned char* shared) {
+    begin_launch();
+    const TilePlace<T> place(S::ROWS, S::COLS, out.tokens, w);
     float acc[S::M * S::N][4] = {};
-    multiply<T, S>(acc, x, w, place, out.tokens, out.n, k, reinterpret_cast<T*>(shared));
+    multiply<T, S>(acc, x, place, out.tokens, k, reinterpret_cast<T*>(shared));
     float* turn = reinterpret_cast<float*>(shared);
     int* is_last = reinterpret_cast<int*>(turn + THREADS / WARP * S::TURN);
-    if (join_splits<THREADS>(acc, partial, arrived, is_last)) write<T, S>(acc, out, place, turn + threadIdx.x / WARP * S::TURN);
+    if (join_splits<THREADS>(acc, partial, arrived, is_last)) write<T, S>(acc, out.of(place.part), place, turn + threadIdx.x / WARP * S::TURN);
 }
 
 }  // namespace
 
-#define INSTANCE_OF(name, T, S)                                                                                                       \
-    KERNEL(THREADS) name(void* y, const T* x, const T* w, const float* bias, float* partial, unsigned* arrived, int tokens, int n,    \
-                         int k, int y_stride, int epilogue, int y_is_f32) {                                                           \
-        SHARED_MEMORY(shared);                                                                                                        \
-        const Output<T> out = {y, bias, tokens, n, size_t(y_stride), epilogue, y_is_f32 != 0};                                        \
-        gemm<T, S>(out, x, w, partial, arrived, k, shared);                                                                           \
-    }                                                                                                                                 \
+#define INSTANCE_OF(name, T, S)                                                                                                    \
+    KERNEL(THREADS) name(void* y, const T* x, const T* w0, const T* w1, const T* w2, const float* bias, float* partial,            \
+                         unsigned* arrived, int tokens, int n0, int n1, int n2, int k, int y_stride, int epilogue, int y_is_f32) { \
+        SHARED_MEMORY(shared);                                                                                                     \
+        const Output<T> out = {y, bias, tokens, n0 + n1 + n2, size_t(y_stride), epilogue, y_is_f32 != 0};                          \
+        gemm<T, S>(out, x, {{w0, w1, w2}, {n0, n1, n2}}, partial, arrived, k, shared);                                             \
+    }                                                                                                                              \
     REGISTER_KERNEL(name)
 #define INSTANCE(T, suffix)              \
     INSTANCE_OF(gemm_##suffix, T, Large) \

@@ -1,6 +1,8 @@
 // What the matrix products share: what becomes of a sum on its way to y, and how several blocks make one sum.
 //
 //   y[t, j] = epilogue(Σ_i x[t, i]·W[j, i] + bias[j])
+//
+// W may lie in up to three parts, one on top of the other: Q, K and V, or gate and up, of which each has its own tiles.
 #pragma once
 
 #include "common.cuh"
@@ -20,6 +22,33 @@ __device__ inline float finish(float r, float old, int epilogue) {
     return r;
 }
 
+// Rows of W that lie together, and what they have in y.
+template <typename T> struct Part {
+    const T* w;
+    int first_col, n;
+};
+
+// W: parts [n[i], k] of one k; those that there are not have n = 0.
+template <typename T> struct Parts {
+    const T* w[3];
+    int n[3];
+
+    __device__ int n_tiles(int tile_cols) const { return ceil_div(n[0], tile_cols) + ceil_div(n[1], tile_cols) + ceil_div(n[2], tile_cols); }
+
+    // The part that tile number `tile` is one of; `tile` becomes its number there.
+    __device__ Part<T> of_tile(int& tile, int tile_cols) const {
+        Part<T> part = {w[0], 0, n[0]};
+#pragma unroll
+        for (int i = 1; i < 3; ++i) {
+            const int n_before = ceil_div(part.n, tile_cols);
+            if (tile < n_before) break;
+            tile -= n_before;
+            part = {w[i], part.first_col + part.n, n[i]};
+        }
+        return part;
+    }
+};
+
 // Where results go: row t, column j to y[t·stride + j], which is f32 or T.
 template <typename T> struct Output {
     void* y;
@@ -28,6 +57,15 @@ template <typename T> struct Output {
     size_t stride;
     int epilogue;
     bool is_f32;
+
+    // That of one part of W.
+    __device__ Output of(const Part<T>& part) const {
+        Output its = *this;
+        its.y = static_cast<char*>(y) + size_t(part.first_col) * (is_f32 ? sizeof(float) : sizeof(T));
+        its.bias = bias ? bias + part.first_col : nullptr;
+        its.n = part.n;
+        return its;
+    }
 
     __device__ float bias_of(int col) const { return bias && col < n ? bias[col] : 0.0f; }
 
@@ -60,19 +98,22 @@ template <typename T> struct Output {
     }
 };
 
-// A block's tile: its first row and column of y, and its number. In x the grid has one block for each tile.
-struct TilePlace {
+// A block's tile: its part of W, and its first row and column of what that gives. In x the grid has one block for each tile.
+template <typename T> struct TilePlace {
+    Part<T> part;
     int row, col;
 
     // Tiles are taken in groups of GROUP rows of tiles, within a group column by column: the blocks that run at one time then read few
     // different rows of x and few of W, and find most of them in L2.
-    __device__ TilePlace(int tile_rows, int tile_cols, int tokens, int n) {
+    __device__ TilePlace(int tile_rows, int tile_cols, int tokens, const Parts<T>& parts) {
         constexpr int GROUP = 16;
-        const int n_rows = ceil_div(tokens, tile_rows), n_cols = ceil_div(n, tile_cols);
+        const int n_rows = ceil_div(tokens, tile_rows), n_cols = parts.n_tiles(tile_cols);
         const int tile = blockIdx.x, per_group = GROUP * n_cols;
         const int first = tile / per_group * GROUP, height = min(GROUP, n_rows - first);
         row = (first + tile % per_group % height) * tile_rows;
-        col = tile % per_group / height * tile_cols;
+        int tile_col = tile % per_group / height;
+        part = parts.of_tile(tile_col, tile_cols);
+        col = tile_col * tile_cols;
     }
 };
 

@@ -50,9 +50,11 @@ template <int ROWS, int STRIDE> struct Slice {
 };
 
 template <typename S>
-__device__ inline void gemm(const Output<float>& out, const float* x, const float* w, float* partial, unsigned* arrived, int k,
+__device__ inline void gemm(const Output<float>& whole, const float* x, const Parts<float>& w, float* partial, unsigned* arrived, int k,
                             float* shared) {
-    const TilePlace place(S::ROWS, S::COLS, out.tokens, out.n);
+    begin_launch();
+    const TilePlace<float> place(S::ROWS, S::COLS, whole.tokens, w);
+    const Output<float> out = whole.of(place.part);
     const int row = threadIdx.x / S::THREAD_COLS * S::M, col = threadIdx.x % S::THREAD_COLS * 4;
     const Steps steps(k, K);
     float acc[S::M][4] = {};
@@ -60,7 +62,7 @@ __device__ inline void gemm(const Output<float>& out, const float* x, const floa
     Slice<S::COLS, S::W_STRIDE> w_slice;
     const auto load = [&](int step) {
         x_slice.load(x, place.row, out.tokens, step * K, k);
-        w_slice.load(w, place.col, out.n, step * K, k);
+        w_slice.load(place.part.w, place.col, out.n, step * K, k);
     };
     if (steps.begin < steps.end) load(steps.begin);
     for (int step = steps.begin; step < steps.end; ++step) {
@@ -99,12 +101,13 @@ __device__ inline void gemm(const Output<float>& out, const float* x, const floa
 }  // namespace
 
 #define INSTANCE(name, S)                                                                                                             \
-    KERNEL(THREADS) name(void* y, const float* x, const float* w, const float* bias, float* partial, unsigned* arrived, int tokens,   \
-                         int n, int k, int y_stride, int epilogue, int y_is_f32) {                                                    \
-        SHARED_MEMORY(shared);                                                                                                        \
-        const Output<float> out = {y, bias, tokens, n, size_t(y_stride), epilogue, y_is_f32 != 0};                                    \
-        gemm<S>(out, x, w, partial, arrived, k, reinterpret_cast<float*>(shared));                                                    \
-    }                                                                                                                                 \
+    KERNEL(THREADS) name(void* y, const float* x, const float* w0, const float* w1, const float* w2, const float* bias,              \
+                         float* partial, unsigned* arrived, int tokens, int n0, int n1, int n2, int k, int y_stride, int epilogue,   \
+                         int y_is_f32) {                                                                                             \
+        SHARED_MEMORY(shared);                                                                                                       \
+        const Output<float> out = {y, bias, tokens, n0 + n1 + n2, size_t(y_stride), epilogue, y_is_f32 != 0};                        \
+        gemm<S>(out, x, {{w0, w1, w2}, {n0, n1, n2}}, partial, arrived, k, reinterpret_cast<float*>(shared));                        \
+    }                                                                                                                                \
     REGISTER_KERNEL(name)
 INSTANCE(gemm_f32, Large)
 INSTANCE(gemm_small_f32, Small)

@@ -2,9 +2,9 @@
 //
 //   y[t, j] = epilogue(Σ_i x[t, i]·W[j, i] + bias[j])
 //
-// Layouts: x [tokens, k], W [n, k] of T, contiguous; bias [n] of f32 or null; y rows of `y_stride` elements of T or f32, of which n are
-// written (epilogue: gemm.cuh). Any n and k, any alignment of T; where a row's length is no multiple of 16 bytes, it is read by elements.
-// Grid: one block for 16 rows of W. W goes straight from memory to registers, past L1; x stays in L1, where the blocks of a multiprocessor
+// Layouts: x [tokens, k], W [n, k] of T, contiguous, or in parts; bias [n] of f32 or null; y rows of `y_stride` elements of T or f32, of
+// which n are written (epilogue, parts: gemm.cuh). Any n and k, any alignment of T; where a row's length is no multiple of 16 bytes, it is read by elements.
+// Grid: one block for 16 rows of a part of W. What a block reads of W first is asked for before it waits for the launch that makes x. W goes straight from memory to registers, past L1; x stays in L1, where the blocks of a multiprocessor
 // share it. Shared memory: one f32 for each warp, row and token, 4 KiB. Registers (sm_90a): 126, f32 79: 2 and 3 blocks a multiprocessor.
 // Sums in f32, in an order that depends on k alone: the same from run to run, and for a token whatever tokens stand beside it.
 #include "gemm.cuh"
@@ -25,7 +25,7 @@ template <typename T> __device__ inline bool can_load_vectors(const T* x, const 
 template <bool STREAMING, bool VECTORS, typename T> __device__ inline Vec16<T> load_row(const T* row, int i, int k) {
     Vec16<T> v = {};
     if (VECTORS) {
-        if (i < k) v = STREAMING ? Vec16<T>::load_streaming(row + i) : Vec16<T>::load(row + i);
+        if (i < k) v = STREAMING ? Vec16<T>::load_constant(row + i) : Vec16<T>::load(row + i);
     } else {
 #pragma unroll
         for (int j = 0; j < Vec16<T>::N; ++j)
@@ -51,9 +51,9 @@ constexpr int SLABS = 4;
 constexpr int WARP_K = SLAB * SLABS, BLOCK_K = WARPS * WARP_K;
 
 template <bool VECTORS, typename T>
-__device__ inline void gemv_half(const Output<T>& out, const T* x, const T* w, int k, float* shared) {
+__device__ inline void gemv_half(const Output<T>& out, int first_row, const T* x, const T* w, int k, float* shared) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = lane / 4, pair = lane % 4;
-    const int row = blockIdx.x * ROWS + group, row_k = row < out.n ? k : 0, row8_k = row + 8 < out.n ? k : 0;
+    const int row = first_row + group, row_k = row < out.n ? k : 0, row8_k = row + 8 < out.n ? k : 0;
     const int token_k = group < out.tokens ? k : 0;
     const T* w_row = w + size_t(row) * k;
     const T* w_row8 = w_row + size_t(8) * k;
@@ -73,6 +73,7 @@ __device__ inline void gemv_half(const Output<T>& out, const T* x, const T* w, i
     float acc[4] = {};
     Rows now, next;
     load(now, warp * WARP_K);
+    wait_for_previous();
     for (int k0 = warp * WARP_K; k0 < k; k0 += BLOCK_K) {
         load(next, k0 + BLOCK_K);
 #pragma unroll
@@ -94,7 +95,7 @@ __device__ inline void gemv_half(const Output<T>& out, const T* x, const T* w, i
         float sum[1] = {0.0f};
 #pragma unroll
         for (int i = 0; i < WARPS; ++i) sum[0] += shared[i * MAX_TOKENS * ROWS + threadIdx.x];
-        const int col = blockIdx.x * ROWS + threadIdx.x % ROWS;
+        const int col = first_row + threadIdx.x % ROWS;
         sum[0] += out.bias_of(col);
         out.put(threadIdx.x / ROWS, col, sum);
     }
@@ -107,9 +108,10 @@ constexpr int WARP_ROWS = ROWS / WARPS;
 constexpr int UNROLL = 2;
 
 // Of at least `out.tokens` tokens; those beyond do the last one's work again, which is not written.
-template <int TOKENS, bool VECTORS> __device__ inline void gemv_f32_of(const Output<float>& out, const float* x, const float* w, int k) {
+template <int TOKENS, bool VECTORS>
+__device__ inline void gemv_f32_of(const Output<float>& out, int first_row, const float* x, const float* w, int k) {
     constexpr int N = Vec16<float>::N;
-    const int lane = threadIdx.x % WARP, row = (blockIdx.x * WARPS + threadIdx.x / WARP) * WARP_ROWS;
+    const int lane = threadIdx.x % WARP, row = first_row + threadIdx.x / WARP * WARP_ROWS;
     float acc[WARP_ROWS][TOKENS] = {};
     for (int k0 = lane * N; k0 < k; k0 += UNROLL * WARP * N) {
         Vec16<float> rows[UNROLL][WARP_ROWS];
@@ -138,28 +140,54 @@ template <int TOKENS, bool VECTORS> __device__ inline void gemv_f32_of(const Out
         }
 }
 
+// What a block has to do: rows of a part of W from `row` on.
+template <typename T> struct Work {
+    Output<T> out;
+    const T* w;
+    int row;
+    bool vectors;
+
+    __device__ Work(const Output<T>& whole, const T* x, const Parts<T>& parts, int k) {
+        int tile = blockIdx.x;
+        const Part<T> part = parts.of_tile(tile, ROWS);
+        out = whole.of(part);
+        w = part.w;
+        row = tile * ROWS;
+        vectors = can_load_vectors(x, w, k);
+    }
+};
+
 }  // namespace
 
-#define ARGUMENTS(T) \
-    void *y, const T *x, const T *w, const float *bias, int tokens, int n, int k, int y_stride, int epilogue, int y_is_f32
+#define ARGUMENTS(T)                                                                                                           \
+    void *y, const T *x, const T *w0, const T *w1, const T *w2, const float *bias, int tokens, int n0, int n1, int n2, int k, \
+        int y_stride, int epilogue, int y_is_f32
+#define WORK(T) \
+    Work<T>({y, bias, tokens, n0 + n1 + n2, size_t(y_stride), epilogue, y_is_f32 != 0}, x, {{w0, w1, w2}, {n0, n1, n2}}, k)
 
-#define INSTANCE(T, suffix)                                                                            \
-    KERNEL(THREADS) gemv_##suffix(ARGUMENTS(T)) {                                                      \
-        SHARED_MEMORY(shared);                                                                         \
-        const Output<T> out = {y, bias, tokens, n, size_t(y_stride), epilogue, y_is_f32 != 0};         \
-        float* sums = reinterpret_cast<float*>(shared);                                                \
-        if (can_load_vectors(x, w, k)) gemv_half<true>(out, x, w, k, sums);                            \
-        else gemv_half<false>(out, x, w, k, sums);                                                     \
-    }                                                                                                  \
+#define INSTANCE(T, suffix)                                            \
+    KERNEL(THREADS) gemv_##suffix(ARGUMENTS(T)) {                      \
+        SHARED_MEMORY(shared);                                         \
+        let_next_begin();                                              \
+        const Work<T> work = WORK(T);                                  \
+        float* sums = reinterpret_cast<float*>(shared);                \
+        if (work.vectors) {                                            \
+            gemv_half<true>(work.out, work.row, x, work.w, k, sums);   \
+        } else {                                                       \
+            wait_for_previous();                                       \
+            gemv_half<false>(work.out, work.row, x, work.w, k, sums);  \
+        }                                                              \
+    }                                                                  \
     REGISTER_KERNEL(gemv_##suffix)
 FOR_EACH_HALF(INSTANCE)
 
 KERNEL(THREADS) gemv_f32(ARGUMENTS(float)) {
-    const Output<float> out = {y, bias, tokens, n, size_t(y_stride), epilogue, y_is_f32 != 0};
-    if (!can_load_vectors(x, w, k)) gemv_f32_of<MAX_TOKENS, false>(out, x, w, k);
-    else if (tokens <= 1) gemv_f32_of<1, true>(out, x, w, k);
-    else if (tokens <= 2) gemv_f32_of<2, true>(out, x, w, k);
-    else if (tokens <= 4) gemv_f32_of<4, true>(out, x, w, k);
-    else gemv_f32_of<MAX_TOKENS, true>(out, x, w, k);
+    begin_launch();
+    const Work<float> work = WORK(float);
+    if (!work.vectors) gemv_f32_of<MAX_TOKENS, false>(work.out, work.row, x, work.w, k);
+    else if (tokens <= 1) gemv_f32_of<1, true>(work.out, work.row, x, work.w, k);
+    else if (tokens <= 2) gemv_f32_of<2, true>(work.out, work.row, x, work.w, k);
+    else if (tokens <= 4) gemv_f32_of<4, true>(work.out, work.row, x, work.w, k);
+    else gemv_f32_of<MAX_TOKENS, true>(work.out, work.row, x, work.w, k);
 }
 REGISTER_KERNEL(gemv_f32)

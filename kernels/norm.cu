@@ -27,6 +27,7 @@ template <typename T, typename F> __device__ inline void for_each(const T* x, in
 }
 
 template <typename T> __device__ inline void rms_norm_fwd(T* y, const T* x, const float* w, int hidden, float eps, float* scratch) {
+    begin_launch();
     const size_t row = size_t(blockIdx.x) * hidden;
     float square = 0.0f;
     for_each(x + row, hidden, [&](int, float v) { square += v * v; });
@@ -36,6 +37,7 @@ template <typename T> __device__ inline void rms_norm_fwd(T* y, const T* x, cons
 
 template <typename T>
 __device__ inline void layer_norm_fwd(T* y, const T* x, const float* w, const float* b, int hidden, float eps, float* scratch) {
+    begin_launch();
     const size_t row = size_t(blockIdx.x) * hidden;
     float sum = 0.0f;
     for_each(x + row, hidden, [&](int, float v) { sum += v; });

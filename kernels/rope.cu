@@ -36,6 +36,7 @@ template <typename T>
 __device__ inline void rope_append_fwd(T* qkv, T* k_cache, T* v_cache, const float* cos, const float* sin, const int* spans,
                                        const int* row_span, const int* pages, int n_heads, int n_kv_heads, int d, int page_tokens) {
     constexpr int N = Vec16<T>::N;
+    begin_launch();
     const int row = blockIdx.x, span = row_span[row];
     if (span < 0) return;
     const int half = d / 2, position = spans[span * 4 + 2] + row - spans[span * 4];

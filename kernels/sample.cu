@@ -41,6 +41,7 @@ __device__ inline Candidate warp_best(Candidate best) {
 
 KERNEL(THREADS) argmax_fwd_f32(int* ids, const float* logits, int vocab) {
     SHARED_MEMORY(shared);
+    begin_launch();
     constexpr int N_WARPS = THREADS / WARP, N = Vec16<float>::N;
     static_assert(N_WARPS == WARP, "one warp takes the best of all warps");
     float* warp_logits = reinterpret_cast<float*>(shared);

@@ -161,6 +161,17 @@ fn large_tiles() {
     }
 }
 
+/// More parts than a launch takes, some of them of one row: each has its own tiles and columns.
+#[test]
+fn many_parts() {
+    for device in devices() {
+        for (i, tokens) in [1, 9, 70].into_iter().enumerate() {
+            let case = Case { parts: vec![5, 130, 1, 64, 17], bias: i % 2 == 0, margin: (3, 5), ..Case::new(tokens, 1, 40) };
+            case.check(&device);
+        }
+    }
+}
+
 #[test]
 fn no_tokens() {
     for device in devices() {

@@ -148,6 +148,21 @@ fn misaligned_vectors_are_reported() {
 }
 
 #[test]
+fn what_comes_before_the_wait_for_the_launch_before_is_reported() {
+    let bench = Bench::new();
+    let (out, input) = (bench.blank(16), bench.put(&[1.0f32, 2.0, 3.0, 4.0]));
+    let args = |read_early, constant, write_early| {
+        [out.arg(), input.arg(), Arg::Int(read_early), Arg::Int(constant), Arg::Int(write_early)]
+    };
+    bench.reports("fault_early", 1, 0, &args(1, 0, 0), &["read of global memory before"]);
+    bench.reports("fault_early", 1, 0, &args(0, 0, 1), &["write of global memory before"]);
+    for (read_early, constant) in [(1, 1), (0, 0)] {
+        bench.launch("fault_early", 1, 1, 0, &args(read_early, constant, 0)).unwrap();
+        assert_eq!(out.read::<f32>(), [1.0, 2.0, 3.0, 4.0]);
+    }
+}
+
+#[test]
 fn divergent_barriers_are_reported() {
     let bench = Bench::new();
     let out = bench.blank(THREADS * 4);

@@ -53,6 +53,7 @@ struct Thread {
     int group, first_group;
     // Its stack, which it may use as it likes.
     uintptr_t stack_low, stack_high;
+    bool waited;  // for the launch before its own: until then that may still read and write all but constants
 };
 
 // Who touched two bytes of shared memory last, and when. Times never begin again, so cells need not be cleared between blocks.
@@ -214,8 +215,11 @@ void note_access(const void* pointer, size_t bytes, bool write) {
         note_shared(offset, bytes, write);
         return;
     }
+    const auto expect_waited = [&] {
+        if (!self->waited) fail("%s of global memory before wait_for_previous()", write ? "write" : "read");
+    };
     for (const Range& range : block->recent)
-        if (address >= range.low && address + bytes <= range.high) return;
+        if (address >= range.low && address + bytes <= range.high) return expect_waited();
     Range found;
     bool inside;
     if (!find_allocation(address, found, inside)) {
@@ -227,6 +231,7 @@ void note_access(const void* pointer, size_t bytes, bool write) {
         fail("%s out of bounds: %zu bytes at %+lld of an allocation of %zu bytes", write ? "write" : "read", bytes,
              static_cast<long long>(address - found.low), size_t(found.high - found.low));
     block->recent[block->next_recent++ % 4] = found;
+    expect_waited();
 }
 
 // ---------------------------------------------------------------- collectives
@@ -377,6 +382,15 @@ void expect_aligned(const void* p, size_t bytes) {
     if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("access to %zu bytes at an address that is no multiple of them", bytes);
 }
 
+void wait_for_previous() { self->waited = true; }
+
+void read_constant(void* to, const void* from, size_t bytes) {
+    const bool waited = std::exchange(self->waited, true);
+    note_access(from, bytes, false);
+    self->waited = waited;
+    std::memcpy(to, from, bytes);
+}
+
 void trap(const char* message, Site site) { fail("%s:%d: %s", file_name(site.file), site.line, message); }
 
 // Sets or ends, for the 16 bytes that a copy goes to, that it is under way.
@@ -427,22 +441,8 @@ template <typename T> T checked_add(T* p, T x) {
     return old;
 }
 
-float atomic_add(float* p, float x) {
-    note_access(p, 1, true);
-    auto* word = reinterpret_cast<uint32_t*>(p);
-    uint32_t old = __atomic_load_n(word, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(word, &old, bits_of(float_of(old) + x), true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
-    return float_of(old);
-}
 int atomic_add(int* p, int x) { return checked_add(p, x); }
 unsigned atomic_add(unsigned* p, unsigned x) { return checked_add(p, x); }
-
-unsigned long long atomic_max(unsigned long long* p, unsigned long long x) {
-    note_access(p, 1, true);
-    unsigned long long old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (old < x && !__atomic_compare_exchange_n(p, &old, x, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
-    return old;
-}
 
 void add_kernel(const char* name, Invoke invoke, const char* signature) { kernels().push_back({name, invoke, signature}); }
 
@@ -514,6 +514,7 @@ void llava_sim_begin(Block* b, const char* kernel, const dim3* grid, const dim3*
         thread.state = i < b->n_threads ? State::Ready : State::Exited;
         thread.copies.clear();
         thread.group = 0;
+        thread.waited = false;
     }
 }
 

@@ -84,14 +84,17 @@ void expect_aligned(const void* p, size_t bytes);
 // Stops the kernel with a message.
 void trap(const char* message, Site site);
 
+// The launch before is done: without it, whatever is read or written in global memory stops the kernel, but for constants.
+void wait_for_previous();
+// Reads what no launch writes.
+void read_constant(void* to, const void* from, size_t bytes);
+
 void async_copy_16(void* shared, const void* global, int valid_bytes);
 void async_commit();
 void async_wait(int groups_left);
 
-float atomic_add(float* p, float x);
 int atomic_add(int* p, int x);
 unsigned atomic_add(unsigned* p, unsigned x);
-unsigned long long atomic_max(unsigned long long* p, unsigned long long x);
 
 // ---------------------------------------------------------------- registry
 
@@ -158,10 +161,8 @@ inline unsigned ballot(unsigned mask, bool predicate, Site site) {
 
 }  // namespace sim
 
-inline float atomicAdd(float* p, float x) { return sim::atomic_add(p, x); }
 inline int atomicAdd(int* p, int x) { return sim::atomic_add(p, x); }
 inline unsigned atomicAdd(unsigned* p, unsigned x) { return sim::atomic_add(p, x); }
-inline unsigned long long atomicMax(unsigned long long* p, unsigned long long x) { return sim::atomic_max(p, x); }
 
 using std::max;
 using std::min;

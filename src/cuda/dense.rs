@@ -1,9 +1,10 @@
 //! Launches of `kernels/gemm.cu`, `kernels/gemm_f32.cu` and `kernels/gemv.cu`.
 
+use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use super::Cuda;
-use super::driver::{Arg, DevicePtr, Grid};
+use super::driver::{Arg, DevicePtr, Function, Grid, Launch, Matmul};
 use super::launch::{Kernel, address, int};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -41,14 +42,26 @@ struct Tile {
     clocks_per_part: usize,
 }
 
+/// Parts of a weight that one launch takes.
+const MAX_PARTS: usize = 3;
+
+/// tokens × rows of each part × k of a product
+#[derive(Clone, Copy)]
+struct Size {
+    tokens: usize,
+    n: [usize; MAX_PARTS],
+    k: usize,
+}
+
 impl Tile {
-    fn count(&self, tokens: usize, n: usize) -> usize {
-        tokens.div_ceil(self.rows) * n.div_ceil(self.cols)
+    /// Every part has tiles of its own.
+    fn count(&self, size: Size) -> usize {
+        size.tokens.div_ceil(self.rows) * size.n.iter().map(|n| n.div_ceil(self.cols)).sum::<usize>()
     }
 
     /// Bytes of the sums that `splits` blocks of each tile leave for the last one.
-    fn partial_bytes(&self, tokens: usize, n: usize, splits: usize) -> usize {
-        if splits == 1 { 0 } else { self.count(tokens, n) * splits * self.rows * self.cols * 4 }
+    fn partial_bytes(&self, size: Size, splits: usize) -> usize {
+        if splits == 1 { 0 } else { self.count(size) * splits * self.rows * self.cols * 4 }
     }
 }
 
@@ -104,11 +117,12 @@ const F32_TILES: [Tile; 2] = [
 const JOIN_CLOCKS: usize = 700;
 
 /// The tile and the number of splits that should take the least time on so many multiprocessors.
-fn plan(tiles: &'static [Tile], [tokens, n, k]: [usize; 3], n_multiprocessors: usize) -> (&'static Tile, usize) {
+fn plan(tiles: &'static [Tile], size: Size, n_multiprocessors: usize) -> (&'static Tile, usize) {
+    let k = size.k;
     let time = |tile: &Tile, splits: usize| {
         // The multiprocessor with the most blocks is the last to finish. A block that is alone on one leaves it idle while it waits, a
         // quarter of the time or so.
-        let blocks = (tile.count(tokens, n) * splits).div_ceil(n_multiprocessors);
+        let blocks = (tile.count(size) * splits).div_ceil(n_multiprocessors);
         let thirds = blocks / 2 * 6 + blocks % 2 * 4;
         let steps = k.div_ceil(tile.k_step).div_ceil(splits);
         let join = if splits == 1 { 0 } else { JOIN_CLOCKS + (1 + splits) * tile.clocks_per_part };
@@ -130,16 +144,31 @@ struct Sums {
     arrived: Tensor,
 }
 
-/// A product of one part of a weight, as every kernel of this module takes it.
+/// Products of the driver's library that were asked for; none for those that it has not.
+#[derive(Default)]
+pub(super) struct Library(Mutex<HashMap<Matmul, Option<Function>>>);
+
+/// What the library wants addresses to be multiples of, for its fastest kernels.
+const LIBRARY_ALIGNMENT: u64 = 256;
+
+/// A product, as every kernel of this module takes it.
 struct Product {
     y: DevicePtr,
     x: DevicePtr,
-    w: DevicePtr,
+    /// The parts; what there is not is null.
+    w: [DevicePtr; MAX_PARTS],
     bias: DevicePtr,
-    /// tokens, n, k
-    size: [usize; 3],
-    /// The last arguments: tokens, n, k, y_stride, epilogue, y_is_f32.
-    scalars: [Arg; 6],
+    size: Size,
+    /// The last arguments: tokens, rows of each part, k, y_stride, epilogue, y_is_f32.
+    scalars: [Arg; 5 + MAX_PARTS],
+}
+
+impl Product {
+    /// The first arguments: y, x, the parts of W, bias.
+    fn pointers(&self) -> [Arg; 3 + MAX_PARTS] {
+        let [w0, w1, w2] = self.w;
+        [self.y, self.x, w0, w1, w2, self.bias].map(Arg::Ptr)
+    }
 }
 
 impl Cuda {
@@ -161,34 +190,44 @@ impl Cuda {
         let (y_ptr, x_ptr) = (address(OP, "y", y)?, address(OP, "x", x)?);
         let bias_ptr = bias.map(|bias| address(OP, "bias", bias)).transpose()?;
         let mut row = 0;
-        for part in &w.parts {
-            let n = part.rows();
+        for parts in w.parts.chunks(MAX_PARTS) {
+            let mut size = Size { tokens, n: [0; MAX_PARTS], k };
+            let (mut w_ptrs, mut n_args) = ([DevicePtr(0); MAX_PARTS], [Arg::Int(0); MAX_PARTS]);
+            for (i, part) in parts.iter().enumerate() {
+                size.n[i] = part.rows();
+                w_ptrs[i] = address(OP, "W", part)?;
+                n_args[i] = int(OP, "rows of W", part.rows())?;
+            }
+            let [n0, n1, n2] = n_args;
             let product = Product {
                 y: y_ptr.offset((w.first_col + row) * y.dtype().size()),
                 x: x_ptr,
-                w: address(OP, "W", part)?,
+                w: w_ptrs,
                 bias: bias_ptr.map_or(DevicePtr(0), |bias| bias.offset(row * DType::F32.size())),
-                size: [tokens, n, k],
+                size,
                 scalars: [
                     int(OP, "tokens", tokens)?,
-                    int(OP, "rows of W", n)?,
+                    n0,
+                    n1,
+                    n2,
                     int(OP, "width of x", k)?,
                     int(OP, "width of y", y_stride)?,
                     Arg::Int(epilogue as i32),
                     Arg::Int((y.dtype() == DType::F32).into()),
                 ],
             };
+            let n: usize = size.n.iter().sum();
             row += n;
             if tokens == 0 || n == 0 {
                 continue;
             }
-            // SAFETY: x has `tokens` rows of k, the part n rows of k, both of this device's dtype; y has `tokens` rows of `y_stride`, at
+            // SAFETY: x has `tokens` rows of k, each part n rows of k, all of this device's dtype; y has `tokens` rows of `y_stride`, at
             // least `first_col` and the rows of all parts, in this dtype or f32 as the last argument says; the bias, if there is one, has
             // an f32 for each row of all parts (`check::linear`, `check::dtype`). y is borrowed alone, so nothing else lies in it.
             unsafe {
                 if tokens <= GEMV_MAX_TOKENS {
                     self.gemv(&product)?;
-                } else {
+                } else if !self.by_library(&product, y.dtype(), y_stride, epilogue)? {
                     let tiles = if self.dtype == DType::F32 { &F32_TILES } else { &HALF_TILES };
                     let (tile, splits) = plan(tiles, product.size, self.driver.n_multiprocessors());
                     self.gemm(&product, tile, splits)?;
@@ -198,26 +237,69 @@ impl Cuda {
         Ok(())
     }
 
+    /// Makes a product by the driver's library, part for part. False if there is none, or it cannot: with f32, which it would round, with a
+    /// bias, which it wants in the dtype of y, or with an activation, of which it has only an approximation.
+    ///
+    /// # Safety
+    /// Every pointer of the product leads to what its scalars say, on this device.
+    unsafe fn by_library(&self, product: &Product, y_dtype: DType, y_stride: usize, epilogue: Epilogue) -> Result<bool> {
+        let &Product { y, x, w, bias, size: Size { tokens, n, k }, .. } = product;
+        let has_epilogue = matches!(epilogue, Epilogue::Store | Epilogue::Add);
+        if self.dtype == DType::F32 || bias != DevicePtr(0) || !has_epilogue || k == 0 {
+            return Ok(false);
+        }
+        let mut launches = Vec::new();
+        let mut column = 0;
+        for (&w, &n) in w.iter().zip(&n).filter(|(_, n)| **n > 0) {
+            let y = y.offset(column * y_dtype.size());
+            column += n;
+            let add = epilogue == Epilogue::Add;
+            let matmul = Matmul { dtype: self.dtype, y_dtype, tokens, n, k, y_stride, add };
+            let Some(function) = self.library_function(matmul)? else {
+                return Ok(false);
+            };
+            if [y, x, w].iter().any(|p| p.0 % LIBRARY_ALIGNMENT != 0) {
+                return Ok(false);
+            }
+            let grid = Grid { blocks: [1; 3], threads: 1, shared_bytes: 0 };
+            launches.push(Launch { function, grid, args: [y, x, w].map(Arg::Ptr).to_vec() });
+        }
+        for launch in launches {
+            // SAFETY: the caller's.
+            unsafe { self.queue.push(launch) };
+        }
+        Ok(true)
+    }
+
+    fn library_function(&self, matmul: Matmul) -> Result<Option<Function>> {
+        let mut known = self.library.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&function) = known.get(&matmul) {
+            return Ok(function);
+        }
+        let function = self.driver.matmul(&matmul)?;
+        known.insert(matmul, function);
+        Ok(function)
+    }
+
     /// # Safety
     /// Every pointer of the product leads to what its scalars say, on this device; there are tokens, at most [`GEMV_MAX_TOKENS`], and
-    /// n > 0.
+    /// rows of W.
     unsafe fn gemv(&self, product: &Product) -> Result<()> {
-        let &Product { y, x, w, bias, size: [_, n, _], scalars } = product;
-        let args = [[y, x, w, bias].map(Arg::Ptr).as_slice(), &scalars].concat();
-        let grid = Grid { blocks: [n.div_ceil(GEMV_ROWS), 1, 1], threads: GEMV_THREADS, shared_bytes: GEMV_SHARED_BYTES };
+        let args = [product.pointers().as_slice(), &product.scalars].concat();
+        let blocks = product.size.n.iter().map(|n| n.div_ceil(GEMV_ROWS)).sum();
+        let grid = Grid { blocks: [blocks, 1, 1], threads: GEMV_THREADS, shared_bytes: GEMV_SHARED_BYTES };
         // SAFETY: the arguments are the kernel's, and the caller vouches for them.
         unsafe { self.launch(Kernel::Gemv, grid, &args) }
     }
 
     /// # Safety
-    /// Every pointer of the product leads to what its scalars say, on this device; there are tokens and n > 0. The tile is one of this
+    /// Every pointer of the product leads to what its scalars say, on this device; there are tokens and rows of W. The tile is one of this
     /// dtype.
     unsafe fn gemm(&self, product: &Product, tile: &Tile, splits: usize) -> Result<()> {
-        let &Product { y, x, w, bias, size: [tokens, n, _], scalars } = product;
-        let n_tiles = tile.count(tokens, n);
+        let n_tiles = tile.count(product.size);
         let grid = Grid { blocks: [n_tiles, splits, 1], threads: GEMM_THREADS, shared_bytes: tile.shared_bytes };
         let launch = |partial, arrived| {
-            let args = [[y, x, w, bias, partial, arrived].map(Arg::Ptr).as_slice(), &scalars].concat();
+            let args = [product.pointers().as_slice(), &[partial, arrived].map(Arg::Ptr), &product.scalars].concat();
             // SAFETY: the arguments are the kernel's, and the caller vouches for those of the product. With one split the kernel touches
             // neither `partial` nor `arrived`; with several they are as large as their tiles need.
             unsafe { self.launch(tile.kernel, grid, &args) }
@@ -225,7 +307,7 @@ impl Cuda {
         if splits == 1 {
             return launch(DevicePtr(0), DevicePtr(0));
         }
-        self.with_split_sums(tile.partial_bytes(tokens, n, splits), n_tiles, launch)
+        self.with_split_sums(tile.partial_bytes(product.size, splits), n_tiles, launch)
     }
 
     /// Calls `launch` with memory for `partial_bytes` of sums and with the counters of `n_tiles` tiles, all of them zero.
@@ -255,10 +337,17 @@ impl Cuda {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(llava_sim)]
+    use std::sync::Arc;
+
     use super::*;
 
-    fn planned(size: [usize; 3]) -> (Kernel, usize) {
-        let (tile, splits) = plan(&HALF_TILES, size, 132);
+    fn size([tokens, n, k]: [usize; 3]) -> Size {
+        Size { tokens, n: [n, 0, 0], k }
+    }
+
+    fn planned(sizes: [usize; 3]) -> (Kernel, usize) {
+        let (tile, splits) = plan(&HALF_TILES, size(sizes), 132);
         (tile.kernel, splits)
     }
 
@@ -280,7 +369,7 @@ mod tests {
     fn the_large_products_of_the_case_table_take_large_tiles() {
         for k in [41, 72] {
             assert_eq!(planned([577, 1700, k]).0, Kernel::Gemm);
-            assert_eq!(plan(&F32_TILES, [257, 1100, k], 132).0.kernel, Kernel::Gemm);
+            assert_eq!(plan(&F32_TILES, size([257, 1100, k]), 132).0.kernel, Kernel::Gemm);
         }
     }
 
@@ -289,6 +378,36 @@ mod tests {
         assert_eq!(planned([9, 64, 8]), (Kernel::GemmSmall, 1));
         assert_eq!(planned([9, 64, 0]), (Kernel::GemmSmall, 1));
     }
+
+    /// A decoder's products of many tokens go to the library, in parts as well; what it has not comes from our own kernels.
+    #[cfg(llava_sim)]
+    #[test]
+    fn a_library_makes_what_it_can() {
+        let driver = Arc::new(super::super::driver::Simulator::with_library(1));
+        let cuda = Cuda::on(driver, DType::Bf16).unwrap();
+        let [tokens, n, k] = [9, 128, 24];
+        let integers = |len: usize, step: usize| (0..len).map(|i| (i * step % 13) as f32 - 6.0).collect::<Vec<_>>();
+        let (xs, ws, old) = (integers(tokens * k, 5), integers(2 * n * k, 7), integers(tokens * 2 * n, 3));
+        let put =
+            |shape: &[usize], values: &[f32]| cuda.to_device(Tensor::from_slice(shape, values).converted(DType::Bf16)).unwrap();
+        let x = put(&[tokens, k], &xs);
+        let parts = ws.chunks(n * k).map(|part| Arc::new(put(&[n, k], part)));
+        let w = Weight::stacked(parts.collect()).unwrap();
+        let bias = cuda.to_device(Tensor::from_slice(&[2 * n], &integers(2 * n, 2))).unwrap();
+        for (epilogue, bias) in [(Epilogue::Store, None), (Epilogue::Add, None), (Epilogue::Store, Some(&bias))] {
+            let mut y = cuda.to_device(Tensor::from_slice(&[tokens, 2 * n], &old)).unwrap();
+            cuda.linear(&mut y, &x, &w, bias, epilogue).unwrap();
+            let expected = (0..tokens * 2 * n).map(|i| {
+                let (t, j) = (i / (2 * n), i % (2 * n));
+                let product = (0..k).map(|i| xs[t * k + i] * ws[j * k + i]).sum::<f32>();
+                product + if epilogue == Epilogue::Add { old[i] } else { 0.0 } + bias.map_or(0.0, |_| integers(2 * n, 2)[j])
+            });
+            assert_eq!(cuda.to_host(&y).unwrap().to_f32(), expected.collect::<Vec<_>>(), "{epilogue:?}, bias {}", bias.is_some());
+        }
+        // A plain product and one that adds; two parts of one size have one plan.
+        assert_eq!(cuda.library.0.lock().unwrap().len(), 2);
+    }
+
     /// Products of small integers, whose sums are exact in any order: all tiles, more splits than steps included, twice with one workspace.
     #[cfg(llava_sim)]
     #[test]
@@ -303,8 +422,10 @@ mod tests {
             let put = |rows, values: &[f32]| cuda.to_device(Tensor::from_slice(&[rows, k], values).converted(dtype)).unwrap();
             let (x, w, y) = (put(tokens, &xs), put(n, &ws), cuda.zeros(&[tokens, n], DType::F32).unwrap());
             let at = |tensor| address("linear", "operand", tensor).unwrap();
-            let scalars = [tokens, n, k, n, Epilogue::Store as usize, 1].map(|s| Arg::Int(s as i32));
-            let product = Product { y: at(&y), x: at(&x), w: at(&w), bias: DevicePtr(0), size: [tokens, n, k], scalars };
+            let scalars = [tokens, n, 0, 0, k, n, Epilogue::Store as usize, 1].map(|s| Arg::Int(s as i32));
+            let none = DevicePtr(0);
+            let product =
+                Product { y: at(&y), x: at(&x), w: [at(&w), none, none], bias: none, size: size([tokens, n, k]), scalars };
             for (tile, splits) in tiles.iter().flat_map(|tile| [3, 2, 1, 8].map(|splits| (tile, splits))) {
                 // SAFETY: the tensors are of those sizes, y of f32, and the tile is one of their dtype.
                 unsafe { cuda.gemm(&product, tile, splits).unwrap() };

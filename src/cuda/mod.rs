@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::Result;
-use dense::SplitSums;
+use dense::{Library, SplitSums};
 use driver::Driver;
 use launch::Functions;
 use memory::Arena;
@@ -34,6 +34,7 @@ pub struct Cuda {
     arena: Arc<Arena>,
     decode: attention::Workspace,
     split_sums: SplitSums,
+    library: Library,
 }
 
 impl Cuda {
@@ -72,6 +73,7 @@ impl Cuda {
             dtype,
             decode: Default::default(),
             split_sums: Default::default(),
+            library: Default::default(),
         })
     }
 }

@@ -1,5 +1,6 @@
 //! [`Driver`]: memory and launches, and nothing else. Everything above it is one code for a real GPU and for the simulator.
 
+mod cublaslt;
 mod nvidia;
 #[cfg(llava_sim)]
 mod simulator;
@@ -11,6 +12,7 @@ pub use simulator::Simulator;
 use std::ffi::c_void;
 use std::hash::{Hash, Hasher};
 
+use crate::dtype::DType;
 use crate::error::Result;
 
 /// An address in a device's memory.
@@ -24,7 +26,7 @@ impl DevicePtr {
     }
 }
 
-/// A kernel of this driver, by number.
+/// A kernel of this driver, or a product of its library, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Function(pub usize);
 
@@ -96,6 +98,25 @@ pub struct Launch {
     pub args: Vec<Arg>,
 }
 
+/// A product y = x·Wᵀ, or y += x·Wᵀ, of a library: x `[tokens, k]`, W `[n, k]`, y `[tokens, n]` with rows of `y_stride`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Matmul {
+    /// Of x and W.
+    pub dtype: DType,
+    /// Of y.
+    pub y_dtype: DType,
+    /// Rows of x.
+    pub tokens: usize,
+    /// Rows of W.
+    pub n: usize,
+    /// Width of x and W.
+    pub k: usize,
+    /// From a row of y to the next, in elements.
+    pub y_stride: usize,
+    /// Whether y keeps what it had.
+    pub add: bool,
+}
+
 /// A recorded sequence of launches, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GraphId(pub usize);
@@ -134,6 +155,10 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// If this build has none.
     fn function(&self, name: &str) -> Result<Function>;
+
+    /// Products of one size by a library that may be faster than our kernels, launched with the arguments y, x, W, all 256-byte
+    /// aligned; the grid is the library's matter. None where there is no library, or it has nothing for them.
+    fn matmul(&self, matmul: &Matmul) -> Result<Option<Function>>;
 
     /// `bytes` of memory, 256-byte aligned, with anything in them.
     fn alloc(&self, bytes: usize) -> Result<DevicePtr>;

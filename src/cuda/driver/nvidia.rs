@@ -6,12 +6,13 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::panic::catch_unwind;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-use super::{DevicePtr, Driver, Function, GraphId, Launch, PackedArgs};
+use super::cublaslt::{self, Library};
+use super::{Arg, DevicePtr, Driver, Function, GraphId, Launch, Matmul, PackedArgs};
 use crate::error::{Error, Result};
 
 // `static FATBINS: &[(&str, &[u8])]`: a kernel file's name and what nvcc made of it.
@@ -21,17 +22,27 @@ include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 pub struct Nvidia {
     name: String,
     n_multiprocessors: usize,
+    /// Whether a launch may begin while the one before it ends: from sm_90 on.
+    launches_overlap: bool,
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     functions: Mutex<Table>,
+    /// With its workspace, from the first product on; none where it is not installed.
+    cublaslt: OnceLock<Option<(Library, DevicePtr)>>,
+}
+
+/// What a function's number stands for.
+enum Callable {
+    Kernel(sys::CUfunction),
+    Product(cublaslt::Plan),
 }
 
 /// Functions that were asked for, in that order, with their names; graphs in the order of their recording.
 #[derive(Default)]
 struct Table {
-    functions: Vec<(sys::CUfunction, String)>,
+    functions: Vec<(Callable, String)>,
     by_name: HashMap<String, usize>,
     graphs: Vec<Option<sys::CUgraphExec>>,
 }
@@ -92,8 +103,17 @@ impl Nvidia {
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
         // From here on `drop` gives back what there is.
         let null = std::ptr::null_mut();
-        let functions = Mutex::default();
-        let mut gpu = Self { name, n_multiprocessors, device, context, stream: null, modules: Vec::new(), functions };
+        let mut gpu = Self {
+            name,
+            n_multiprocessors,
+            launches_overlap: major >= 9,
+            device,
+            context,
+            stream: null,
+            modules: Vec::new(),
+            functions: Mutex::default(),
+            cublaslt: OnceLock::new(),
+        };
         gpu.enter()?;
         gpu.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"))?;
         for (file, image) in FATBINS {
@@ -110,6 +130,12 @@ impl Nvidia {
         unsafe { result::ctx::set_current(self.context) }.map_err(failed("cuCtxSetCurrent"))
     }
 
+    /// cuBLASLt and its workspace, if it is installed and there is memory for that.
+    fn cublaslt(&self) -> Option<&(Library, DevicePtr)> {
+        let open = || Some((Library::open()?, self.alloc(cublaslt::WORKSPACE_BYTES).ok()?));
+        self.cublaslt.get_or_init(open).as_ref()
+    }
+
     fn table(&self) -> std::sync::MutexGuard<'_, Table> {
         self.functions.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -124,6 +150,9 @@ impl Drop for Nvidia {
             if !self.stream.is_null() {
                 let _ = result::stream::synchronize(self.stream);
                 let _ = result::stream::destroy(self.stream);
+            }
+            if let Some((_, workspace)) = self.cublaslt.get().and_then(Option::as_ref) {
+                let _ = result::free_sync(workspace.0);
             }
             for &module in &self.modules {
                 let _ = result::module::unload(module);
@@ -159,10 +188,20 @@ impl Driver for Nvidia {
             let most = result::device::get_attribute(self.device, OPT_IN).map_err(failed("cuDeviceGetAttribute"))?;
             result::function::set_function_attribute(function, MAX_SHARED, most).map_err(failed(name))?;
         }
-        table.functions.push((function, name.to_owned()));
+        table.functions.push((Callable::Kernel(function), name.to_owned()));
         let i = table.functions.len() - 1;
         table.by_name.insert(name.to_owned(), i);
         Ok(Function(i))
+    }
+
+    fn matmul(&self, matmul: &Matmul) -> Result<Option<Function>> {
+        self.enter()?;
+        let Some(plan) = self.cublaslt().and_then(|(library, _)| library.plan(matmul)) else {
+            return Ok(None);
+        };
+        let mut table = self.table();
+        table.functions.push((Callable::Product(plan), format!("cuBLASLt, {matmul:?}")));
+        Ok(Some(Function(table.functions.len() - 1)))
     }
 
     fn alloc(&self, bytes: usize) -> Result<DevicePtr> {
@@ -245,19 +284,50 @@ impl Driver for Nvidia {
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<()> {
-        let Launch { function, grid, ref args } = *launch;
         self.enter()?;
-        let function = self.table().functions[function.0].0;
-        let mut packed = PackedArgs::new(args);
-        let [x, y, z] = grid.blocks.map(|n| n as u32);
-        let (threads, shared) = (grid.threads as u32, grid.shared_bytes as u32);
-        // SAFETY: the caller's for the kernel; the array of addresses lives through the call, which copies what they point to.
-        let launched = unsafe {
-            sys::cuLaunchKernel(function, x, y, z, threads, 1, 1, shared, self.stream, packed.as_mut_ptr(), std::ptr::null_mut())
+        let table = self.table();
+        let (callable, name) = &table.functions[launch.function.0];
+        match callable {
+            // SAFETY: the caller's for the arguments.
+            Callable::Kernel(function) => unsafe { self.launch_kernel(*function, launch) }.map_err(failed(name)),
+            Callable::Product(plan) => {
+                let (library, workspace) = self.cublaslt().expect("it has made a plan");
+                let &[Arg::Ptr(y), Arg::Ptr(x), Arg::Ptr(w)] = launch.args.as_slice() else {
+                    return Err(Error::device(name.as_str(), "takes y, x and W"));
+                };
+                // SAFETY: the caller's for the pointers; the plan is this library's, whose workspace nothing but the stream's products use.
+                let made = unsafe { library.run(plan, [y, x, w], *workspace, self.stream.cast()) };
+                made.map_err(|e| Error::device(name.as_str(), format!("{:?}", e.0)))
+            }
+        }
+    }
+}
+
+impl Nvidia {
+    /// # Safety
+    /// That of [`Driver::launch`].
+    unsafe fn launch_kernel(&self, function: sys::CUfunction, launch: &Launch) -> std::result::Result<(), DriverError> {
+        let mut packed = PackedArgs::new(&launch.args);
+        let [x, y, z] = launch.grid.blocks.map(|n| n as u32);
+        // Every kernel waits for the launch before it by itself (`wait_for_previous` in kernels/common.cuh).
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        launched.result().map_err(|e| {
-            let name = self.table().functions.iter().find(|f| f.0 == function).map_or(String::new(), |f| f.1.clone());
-            failed(&name)(e)
-        })
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.grid.threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.grid.shared_bytes as u32,
+            hStream: self.stream,
+            attrs: &mut overlap,
+            numAttrs: self.launches_overlap.into(),
+        };
+        // SAFETY: the caller's for the kernel; configuration and array of addresses live through the call, which copies what they point to.
+        unsafe { sys::cuLaunchKernelEx(&config, function, packed.as_mut_ptr(), std::ptr::null_mut()) }.result()
     }
 }

@@ -10,9 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use corosensei::stack::{DefaultStack, Stack};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
-use super::{Arg, DevicePtr, Driver, Function, GraphId, Grid, Launch, PackedArgs};
+use super::{Arg, DevicePtr, Driver, Function, GraphId, Grid, Launch, Matmul, PackedArgs};
 use crate::cpu::pool::Pool;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::tensor::Tensor;
 
 /// Stack of a CUDA thread: what a kernel would keep in registers, many times over.
 const STACK_BYTES: usize = 64 << 10;
@@ -117,6 +119,8 @@ pub struct Simulator {
     pool: Pool,
     kernels: Vec<KernelInfo>,
     graphs: Mutex<Vec<Option<Arc<[Launch]>>>>,
+    /// Products that were asked for, numbered after the kernels; none if there is no library.
+    matmuls: Option<Mutex<Vec<Matmul>>>,
 }
 
 impl Simulator {
@@ -133,7 +137,12 @@ impl Simulator {
             };
             (0..llava_sim_n_kernels()).map(info).collect()
         };
-        Self { pool: Pool::new(n_threads), kernels, graphs: Mutex::default() }
+        Self { pool: Pool::new(n_threads), kernels, graphs: Mutex::default(), matmuls: None }
+    }
+
+    /// As [`Simulator::new`], with a library for products, whose sums are exact where f64 is: for tests of what leads to it.
+    pub fn with_library(n_threads: usize) -> Self {
+        Self { matmuls: Some(Mutex::default()), ..Self::new(n_threads) }
     }
 
     /// Names of all kernels of this build.
@@ -162,6 +171,15 @@ impl Driver for Simulator {
     fn function(&self, name: &str) -> Result<Function> {
         let found = self.kernels.iter().position(|k| k.name.to_bytes() == name.as_bytes());
         found.map(Function).ok_or_else(|| Error::device(name, "this build has no such kernel"))
+    }
+
+    fn matmul(&self, matmul: &Matmul) -> Result<Option<Function>> {
+        let Some(matmuls) = &self.matmuls else {
+            return Ok(None);
+        };
+        let mut matmuls = matmuls.lock().unwrap_or_else(PoisonError::into_inner);
+        matmuls.push(matmul.clone());
+        Ok(Some(Function(self.kernels.len() + matmuls.len() - 1)))
     }
 
     fn alloc(&self, bytes: usize) -> Result<DevicePtr> {
@@ -214,6 +232,11 @@ impl Driver for Simulator {
 
     unsafe fn launch(&self, launch: &Launch) -> Result<()> {
         let Launch { function, grid, ref args } = *launch;
+        if let (Some(i), Some(matmuls)) = (function.0.checked_sub(self.kernels.len()), &self.matmuls) {
+            let matmul = matmuls.lock().unwrap_or_else(PoisonError::into_inner)[i].clone();
+            // SAFETY: the caller's.
+            return unsafe { multiply(&matmul, args) };
+        }
         let kernel = &self.kernels[function.0];
         let signature: String = args.iter().map(|a| a.kind()).collect();
         if signature != kernel.signature {
@@ -246,6 +269,40 @@ impl Driver for Simulator {
             Some(problem) => Err(self.refuse(function, problem)),
         }
     }
+}
+
+/// A product of the library.
+///
+/// # Safety
+/// The arguments lead to y, x and W of the sizes of `matmul`.
+unsafe fn multiply(matmul: &Matmul, args: &[Arg]) -> Result<()> {
+    let &Matmul { dtype, y_dtype, tokens, n, k, y_stride, add } = matmul;
+    let &[Arg::Ptr(y), Arg::Ptr(x), Arg::Ptr(w)] = args else {
+        return Err(Error::device("library", "a product takes y, x and W"));
+    };
+    if [y, x, w].iter().any(|p| p.0 % 256 != 0) {
+        return Err(Error::device("library", "a product takes tensors that are 256-byte aligned"));
+    }
+    let read = |at: DevicePtr, rows: usize, width: usize, dtype: DType| {
+        let mut copy = Tensor::zeros(&[rows, width], dtype);
+        let bytes = copy.as_mut_bytes();
+        // SAFETY: the caller's; device memory is the host's.
+        unsafe { std::ptr::copy_nonoverlapping(at.0 as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        copy.to_f32()
+    };
+    let (x, w) = (read(x, tokens, k, dtype), read(w, n, k, dtype));
+    for token in 0..tokens {
+        let to = y.offset(token * y_stride * y_dtype.size());
+        let mut row = if add { read(to, 1, n, y_dtype) } else { vec![0.0; n] };
+        for (j, r) in row.iter_mut().enumerate() {
+            let product: f64 = (0..k).map(|i| f64::from(x[token * k + i]) * f64::from(w[j * k + i])).sum();
+            *r = (f64::from(*r) + product) as f32;
+        }
+        let row = Tensor::from_slice(&[n], &row).converted(y_dtype);
+        // SAFETY: as above: y has `tokens` rows of `y_stride` elements, n of them from its pointer on.
+        unsafe { std::ptr::copy_nonoverlapping(row.as_bytes().as_ptr(), to.0 as *mut u8, row.bytes()) };
+    }
+    Ok(())
 }
 
 /// Runs one block to its end; an error is what the simulator found wrong.
