@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Span, Weight};
+use crate::ops::{Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 /// A device that is checked against another, which computes in f32 on the host.
@@ -32,8 +32,13 @@ impl Checked {
     }
 
     fn host_weight(&self, w: &Weight) -> Result<Weight> {
-        let parts = w.parts.iter().map(|p| self.host(p).map(Arc::new)).collect::<Result<_>>()?;
-        Ok(Weight { parts, first_col: w.first_col })
+        let parts = w.parts.iter().map(|part| {
+            Ok(match part {
+                Matrix::Dense(tensor) => Matrix::Dense(Arc::new(self.host(tensor)?)),
+                Matrix::Packed(packed) => Matrix::Packed(Arc::new(packed.map(|t| self.device.to_host(t))?)),
+            })
+        });
+        Ok(Weight { parts: parts.collect::<Result<_>>()?, first_col: w.first_col })
     }
 
     /// Stops at a result that is off by more than rounding explains: a share of the largest value that depends on the dtype.
@@ -87,6 +92,10 @@ impl Ops for Checked {
 
     fn upload(&self, tensor: Tensor) -> Result<Tensor> {
         self.device.upload(tensor)
+    }
+
+    fn to_host(&self, tensor: &Tensor) -> Result<Tensor> {
+        self.device.to_host(tensor)
     }
 
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {

@@ -5,12 +5,14 @@
 //! The trait is object-safe, so that decorators such as a profiler stand in front of any device.
 
 pub mod check;
+pub mod packed;
 
 use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+pub use packed::Packed;
 
 /// Rows of one sequence within a batch.
 #[derive(Clone, Copy, Debug)]
@@ -88,52 +90,120 @@ pub enum KvSource<'a> {
     Paged(&'a KvLayer),
 }
 
+/// A matrix `[n, k]` as it is stored.
+#[derive(Clone, Debug)]
+pub enum Matrix {
+    /// Floating-point numbers.
+    Dense(Arc<Tensor>),
+    /// Integers with scales.
+    Packed(Arc<Packed>),
+}
+
+impl Matrix {
+    /// Rows: the width of the result.
+    pub fn n(&self) -> usize {
+        match self {
+            Self::Dense(tensor) => tensor.rows(),
+            Self::Packed(packed) => packed.n,
+        }
+    }
+
+    /// Columns: the width of the input.
+    pub fn k(&self) -> usize {
+        match self {
+            Self::Dense(tensor) => tensor.row_len(),
+            Self::Packed(packed) => packed.k,
+        }
+    }
+
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(tensor) => tensor.bytes(),
+            Self::Packed(packed) => packed.bytes(),
+        }
+    }
+
+    /// Whether one launch can take both.
+    fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Dense(a), Self::Dense(b)) => a.dtype() == b.dtype(),
+            (Self::Packed(a), Self::Packed(b)) => a.format() == b.format(),
+            _ => false,
+        }
+    }
+}
+
 /// The matrix of a linear layer: parts `[n_i, k]` stacked along their rows, so that Q, K and V run as one without being copied together.
 #[derive(Clone, Debug)]
 pub struct Weight {
-    /// The parts, top to bottom; all have the same `k` and the same dtype.
-    pub parts: Vec<Arc<Tensor>>,
+    /// The parts, top to bottom; all have the same `k`.
+    pub parts: Vec<Matrix>,
     /// Column of the output where the first part's result goes.
     pub first_col: usize,
 }
 
+/// Parts of one kind, for a device to take together.
+#[derive(Debug)]
+pub enum Run<'a> {
+    /// All of one dtype.
+    Dense(Vec<&'a Tensor>),
+    /// All of one format.
+    Packed(Vec<&'a Packed>),
+}
+
 impl Weight {
-    /// Parts stacked in this order.
+    /// Dense parts stacked in this order.
     pub fn stacked(parts: Vec<Arc<Tensor>>) -> Result<Self> {
-        let [_, k] = parts.first().ok_or_else(|| Error::shape("weight", "parts", "at least one", 0))?.dims2("weight", "part")?;
         for part in &parts {
-            let [_, part_k] = part.dims2("weight", "part")?;
-            if part_k != k || part.dtype() != parts[0].dtype() {
-                return Err(Error::shape("weight", "part", &parts[0], part));
-            }
+            part.dims2("weight", "part")?;
         }
-        Ok(Self { parts, first_col: 0 })
+        Self::of(parts.into_iter().map(Matrix::Dense).collect())
+    }
+
+    /// Parts stacked in this order.
+    pub fn of(parts: Vec<Matrix>) -> Result<Self> {
+        let k = parts.first().ok_or_else(|| Error::shape("weight", "parts", "at least one", 0))?.k();
+        match parts.iter().find(|part| part.k() != k) {
+            Some(part) => Err(Error::shape("weight", "columns of a part", k, part.k())),
+            None => Ok(Self { parts, first_col: 0 }),
+        }
     }
 
     /// Rows of all parts: the width of the result.
     pub fn n(&self) -> usize {
-        self.parts.iter().map(|p| p.rows()).sum()
+        self.parts.iter().map(Matrix::n).sum()
     }
 
     /// Width of the input.
     pub fn k(&self) -> usize {
-        self.parts[0].shape()[1]
-    }
-
-    /// Storage format of the parts.
-    pub fn dtype(&self) -> DType {
-        self.parts[0].dtype()
+        self.parts[0].k()
     }
 
     /// Bytes of all parts.
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|p| p.bytes()).sum()
+        self.parts.iter().map(Matrix::bytes).sum()
     }
 
     /// A range of the parts; the result goes to the columns that it has in the whole.
     pub fn select(&self, range: std::ops::Range<usize>) -> Self {
-        let first_col = self.first_col + self.parts[..range.start].iter().map(|p| p.rows()).sum::<usize>();
+        let first_col = self.first_col + self.parts[..range.start].iter().map(Matrix::n).sum::<usize>();
         Self { parts: self.parts[range].to_vec(), first_col }
+    }
+
+    /// The parts in runs of one kind, each with its first row in the whole.
+    pub fn runs(&self) -> Vec<(usize, Run<'_>)> {
+        let mut runs = Vec::new();
+        let mut row = 0;
+        for alike in self.parts.chunk_by(Matrix::is_like) {
+            let dense = alike.iter().filter_map(|part| if let Matrix::Dense(tensor) = part { Some(&**tensor) } else { None });
+            let packed = alike.iter().filter_map(|part| if let Matrix::Packed(packed) = part { Some(&**packed) } else { None });
+            let run =
+                if matches!(alike[0], Matrix::Dense(_)) { Run::Dense(dense.collect()) } else { Run::Packed(packed.collect()) };
+            runs.push((row, run));
+            row += alike.iter().map(Matrix::n).sum::<usize>();
+        }
+        runs
     }
 }
 
@@ -178,8 +248,13 @@ pub trait Ops: Send + Sync {
     /// Brings a host tensor to the device. On the CPU that is the tensor itself: mapped weights stay where they are.
     fn upload(&self, tensor: Tensor) -> Result<Tensor>;
 
+    /// A copy of a device tensor on the host, in its own dtype.
+    fn to_host(&self, tensor: &Tensor) -> Result<Tensor>;
+
     /// The elements of a device tensor as f32.
-    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>>;
+    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+        Ok(self.to_host(tensor)?.to_f32())
+    }
 
     /// y\[:, c..c+n\] = epilogue(x·Wᵀ + bias), c = `w.first_col`
     ///

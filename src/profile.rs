@@ -104,6 +104,10 @@ impl Ops for Profiled {
         self.inner.upload(tensor)
     }
 
+    fn to_host(&self, tensor: &Tensor) -> Result<Tensor> {
+        self.inner.to_host(tensor)
+    }
+
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         self.inner.download(tensor)
     }

@@ -102,7 +102,7 @@ impl Case {
             }
         }
         let x = device.round(&x_sample);
-        let weights: Vec<f32> = w.parts.iter().flat_map(|part| device.get(part)).collect();
+        let weights: Vec<f32> = w.parts.iter().flat_map(|part| device.matrix(part)).collect();
         let exact = exact(&x, &weights, bias.as_deref(), &old_sample, k, self.epilogue.1);
         let naive = naive_f32(&x, &weights, bias.as_deref(), &old_sample, k, self.epilogue.1);
         let naive: Vec<f32> = naive.into_iter().map(|v| rounded(v, y_dtype)).collect();

@@ -13,7 +13,8 @@ use super::pool::{Disjoint, Pool};
 use super::simd::{self, Isa, Simd, Stored};
 use super::{matmul_gemm, matmul_gemv};
 use crate::dtype::DType;
-use crate::ops::{Epilogue, Weight};
+use crate::ops::Epilogue;
+use crate::tensor::Tensor;
 
 /// The most tokens that are bound by reading W, and not by arithmetic.
 pub const SKINNY: usize = 8;
@@ -94,52 +95,41 @@ impl Output<'_> {
     }
 }
 
-/// y\[:, c..c+n\] = epilogue(x·Wᵀ + bias), c = `w.first_col`: x `[tokens, k]`, bias `[n]`, rows of y of `y_stride`.
+impl<'a> Output<'a> {
+    /// To columns from `first_col` on of rows of `y_stride`.
+    pub fn new(y: &'a mut [f32], y_stride: usize, first_col: usize, bias: Option<&'a [f32]>, epilogue: Epilogue) -> Self {
+        Self { y: Disjoint::new(y), y_stride, first_col, bias, epilogue }
+    }
+
+    /// Stops unless there is room for `n` columns of `tokens` rows, and a bias for each: kernels rely on it.
+    pub fn expect(&self, tokens: usize, n: usize) {
+        assert!(self.first_col + n <= self.y_stride && self.y.len() >= tokens * self.y_stride, "no room for {tokens} rows of {n}");
+        assert!(self.bias.is_none_or(|b| b.len() >= n), "bias is shorter than {n}");
+    }
+}
+
+/// The product of x `[tokens, k]` and `parts` `[n_i, k]`, all of one floating-point dtype.
 ///
 /// # Panics
 /// If an operand is too small for these shapes, or W holds integers.
-#[allow(clippy::too_many_arguments)] // the operands of `Ops::linear`, and where to run
-pub fn linear(
-    isa: Isa,
-    pool: &Pool,
-    y: &mut [f32],
-    y_stride: usize,
-    x: &[f32],
-    tokens: usize,
-    w: &Weight,
-    bias: Option<&[f32]>,
-    epilogue: Epilogue,
-) {
-    match w.dtype() {
-        DType::F32 => linear_of::<f32>(isa, pool, y, y_stride, x, tokens, w, bias, epilogue),
-        DType::Bf16 => linear_of::<bf16>(isa, pool, y, y_stride, x, tokens, w, bias, epilogue),
-        DType::F16 => linear_of::<f16>(isa, pool, y, y_stride, x, tokens, w, bias, epilogue),
+pub(super) fn linear(isa: Isa, pool: &Pool, out: Output<'_>, x: &[f32], tokens: usize, parts: &[&Tensor]) {
+    match parts[0].dtype() {
+        DType::F32 => linear_of::<f32>(isa, pool, out, x, tokens, parts),
+        DType::Bf16 => linear_of::<bf16>(isa, pool, out, x, tokens, parts),
+        DType::F16 => linear_of::<f16>(isa, pool, out, x, tokens, parts),
         DType::I32 => panic!("weights are not integers"),
     }
 }
 
-#[allow(clippy::too_many_arguments)] // as `linear`
-fn linear_of<E: Stored>(
-    isa: Isa,
-    pool: &Pool,
-    y: &mut [f32],
-    y_stride: usize,
-    x: &[f32],
-    tokens: usize,
-    w: &Weight,
-    bias: Option<&[f32]>,
-    epilogue: Epilogue,
-) {
-    let (n, k) = (w.n(), w.k());
+fn linear_of<E: Stored>(isa: Isa, pool: &Pool, out: Output<'_>, x: &[f32], tokens: usize, parts: &[&Tensor]) {
+    let (n, k) = (parts.iter().map(|part| part.rows()).sum(), parts[0].row_len());
     if tokens == 0 || n == 0 {
         return;
     }
     // Kernels rely on these.
     assert!(k > 0 && x.len() >= tokens * k, "x has {} elements, not {tokens} rows of {k}", x.len());
-    assert!(w.first_col + n <= y_stride && y.len() >= tokens * y_stride, "y has no room for {tokens} rows of {n}");
-    assert!(bias.is_none_or(|b| b.len() >= n), "bias is shorter than {n}");
-    let parts = w.parts.iter().map(|part| part.as_slice::<E>()).collect();
-    let out = Output { y: Disjoint::new(y), y_stride, first_col: w.first_col, bias, epilogue };
+    out.expect(tokens, n);
+    let parts = parts.iter().map(|part| part.as_slice::<E>()).collect();
     let op = Linear { out, x, tokens, k, parts };
     if tokens <= SKINNY { matmul_gemv::gemv(isa, pool, &op) } else { matmul_gemm::gemm(isa, pool, &op) }
 }

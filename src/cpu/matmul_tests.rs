@@ -1,16 +1,14 @@
 //! `linear` against f64, on hostile shapes, with sentinels around what it may write.
 
-use std::sync::Arc;
-
 use half::bf16;
 
-use super::matmul::{SKINNY, linear};
+use super::matmul::{Output, SKINNY, linear};
 use super::pool::Pool;
 use super::reference::linear::{linear as exact, naive_f32};
 use super::reference::{Errors, random};
 use super::simd::Isa;
 use crate::dtype::DType;
-use crate::ops::{Epilogue, Weight};
+use crate::ops::Epilogue;
 use crate::tensor::Tensor;
 
 const SENTINEL: f32 = 12345.678;
@@ -33,21 +31,19 @@ impl Case {
         Self { tokens, parts: vec![n], k, dtype: DType::F32, epilogue: Epilogue::Store, bias: false, margin: (0, 0) }
     }
 
-    fn weight(&self) -> Weight {
+    fn weights(&self) -> Vec<Tensor> {
         let part = |(i, &n): (usize, &usize)| {
             let values = random(n * self.k, 7 + i as u64);
-            Arc::new(Tensor::from_slice(&[n, self.k], &values).converted(self.dtype))
+            Tensor::from_slice(&[n, self.k], &values).converted(self.dtype)
         };
-        let mut w = Weight::stacked(self.parts.iter().enumerate().map(part).collect()).unwrap();
-        w.first_col = self.margin.0;
-        w
+        self.parts.iter().enumerate().map(part).collect()
     }
 
     /// Runs it and checks the error, the columns around the result, and that other threads and other rows change nothing.
     fn check(&self, isa: Isa) {
         let what = format!("{self:?} on {isa}");
-        let w = self.weight();
-        let (n, k, tokens) = (w.n(), self.k, self.tokens);
+        let parts = self.weights();
+        let (n, k, tokens) = (self.parts.iter().sum::<usize>(), self.k, self.tokens);
         let y_stride = self.margin.0 + n + self.margin.1;
         let x = random(tokens * k, 1);
         let old = random(tokens * n, 2);
@@ -58,7 +54,8 @@ impl Case {
             for (y, old) in y.chunks_mut(y_stride).zip(old.chunks(n)) {
                 y[self.margin.0..][..n].copy_from_slice(old);
             }
-            linear(isa, pool, &mut y, y_stride, &x[..tokens * k], tokens, &w, bias.as_deref(), self.epilogue);
+            let out = Output::new(&mut y, y_stride, self.margin.0, bias.as_deref(), self.epilogue);
+            linear(isa, pool, out, &x[..tokens * k], tokens, &parts.iter().collect::<Vec<_>>());
             y
         };
         let y = run(&Pool::new(2), tokens);
@@ -81,7 +78,7 @@ impl Case {
             Epilogue::QuickGelu => "quick_gelu",
             Epilogue::Gelu => "gelu",
         };
-        let weights: Vec<f32> = w.parts.iter().flat_map(|part| part.to_f32()).collect();
+        let weights: Vec<f32> = parts.iter().flat_map(Tensor::to_f32).collect();
         let exact = exact(&x, &weights, bias.as_deref(), &old, k, epilogue);
         let rounds_x = matches!(isa, Isa::Avx512Bf16 | Isa::WideBf16) && self.dtype == DType::Bf16 && tokens > SKINNY;
         let x = if rounds_x { x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect() } else { x };
@@ -143,5 +140,6 @@ fn dtypes_and_epilogues_and_parts() {
 fn nothing_to_do() {
     let pool = Pool::new(2);
     let case = Case::new(0, 4, 4);
-    linear(Isa::Scalar, &pool, &mut [], 4, &[], 0, &case.weight(), None, Epilogue::Store);
+    let out = Output::new(&mut [], 4, 0, None, Epilogue::Store);
+    linear(Isa::Scalar, &pool, out, &[], 0, &case.weights().iter().collect::<Vec<_>>());
 }

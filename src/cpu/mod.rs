@@ -7,6 +7,7 @@ mod elementwise;
 pub mod matmul;
 mod matmul_gemm;
 mod matmul_gemv;
+pub mod matmul_packed;
 mod norm;
 pub mod pool;
 pub mod probe;
@@ -20,6 +21,8 @@ mod tile;
 #[cfg(test)]
 mod attention_tests;
 #[cfg(test)]
+mod matmul_packed_tests;
+#[cfg(test)]
 mod matmul_tests;
 #[cfg(test)]
 #[path = "../../tests/reference/mod.rs"]
@@ -27,7 +30,7 @@ mod reference;
 
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Span, Weight, check};
+use crate::ops::{Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Run, Span, Weight, check};
 use crate::tensor::Tensor;
 use pool::Pool;
 use simd::Isa;
@@ -79,6 +82,12 @@ impl Ops for Cpu {
         Ok(tensor)
     }
 
+    fn to_host(&self, tensor: &Tensor) -> Result<Tensor> {
+        let mut copy = Tensor::zeros(tensor.shape(), tensor.dtype());
+        copy.as_mut_bytes().copy_from_slice(tensor.as_bytes());
+        Ok(copy)
+    }
+
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         Ok(tensor.to_f32())
     }
@@ -90,7 +99,15 @@ impl Ops for Cpu {
         }
         let (tokens, y_stride) = (x.rows(), y.row_len());
         let bias = bias.map(|b| b.as_slice::<f32>());
-        matmul::linear(self.isa, &self.pool, y.as_mut_slice(), y_stride, x.as_slice(), tokens, w, bias, epilogue);
+        for (row, run) in w.runs() {
+            let bias = bias.map(|b| &b[row..]);
+            let first_col = w.first_col + row;
+            let out = matmul::Output::new(y.as_mut_slice(), y_stride, first_col, bias, epilogue);
+            match run {
+                Run::Dense(parts) => matmul::linear(self.isa, &self.pool, out, x.as_slice(), tokens, &parts),
+                Run::Packed(parts) => matmul_packed::linear(self.isa, &self.pool, out, x.as_slice(), tokens, &parts),
+            }
+        }
         Ok(())
     }
 

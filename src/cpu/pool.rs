@@ -243,6 +243,11 @@ pub struct Disjoint<'a, T> {
 unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 
 impl<'a, T> Disjoint<'a, T> {
+    /// Elements of the slice.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     /// Takes the slice for as long as tasks write to it.
     pub fn new(slice: &'a mut [T]) -> Self {
         Self { ptr: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }

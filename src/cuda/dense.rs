@@ -7,8 +7,8 @@ use super::Cuda;
 use super::driver::{Arg, DevicePtr, Function, Grid, Launch, Matmul};
 use super::launch::{Kernel, address, int};
 use crate::dtype::DType;
-use crate::error::Result;
-use crate::ops::{Epilogue, Weight, check};
+use crate::error::{Error, Result};
+use crate::ops::{Epilogue, Run, Weight, check};
 use crate::tensor::Tensor;
 
 /// Up to here a product's time is that of reading its weights, and `gemv.cu` does it.
@@ -177,7 +177,6 @@ impl Cuda {
         const OP: &str = "linear";
         check::linear(y, x, w, bias)?;
         check::dtype(OP, "x", x, self.dtype)?;
-        check::dtype(OP, "W", &w.parts[0], self.dtype)?;
         if y.dtype() != DType::F32 {
             check::dtype(OP, "y", y, self.dtype)?;
         }
@@ -189,11 +188,21 @@ impl Cuda {
         int(OP, "width of x", k + 128)?;
         let (y_ptr, x_ptr) = (address(OP, "y", y)?, address(OP, "x", x)?);
         let bias_ptr = bias.map(|bias| address(OP, "bias", bias)).transpose()?;
-        let mut row = 0;
-        for parts in w.parts.chunks(MAX_PARTS) {
+        let mut launches = Vec::new();
+        for (mut row, run) in w.runs() {
+            let Run::Dense(parts) = run else {
+                return Err(Error::Unsupported("packed weights run on the CPU only: use --device cpu".into()));
+            };
+            for parts in parts.chunks(MAX_PARTS) {
+                launches.push((row, parts.to_vec()));
+                row += parts.iter().map(|part| part.rows()).sum::<usize>();
+            }
+        }
+        for (row, parts) in launches {
             let mut size = Size { tokens, n: [0; MAX_PARTS], k };
             let (mut w_ptrs, mut n_args) = ([DevicePtr(0); MAX_PARTS], [Arg::Int(0); MAX_PARTS]);
             for (i, part) in parts.iter().enumerate() {
+                check::dtype(OP, "W", part, self.dtype)?;
                 size.n[i] = part.rows();
                 w_ptrs[i] = address(OP, "W", part)?;
                 n_args[i] = int(OP, "rows of W", part.rows())?;
@@ -216,9 +225,7 @@ impl Cuda {
                     Arg::Int((y.dtype() == DType::F32).into()),
                 ],
             };
-            let n: usize = size.n.iter().sum();
-            row += n;
-            if tokens == 0 || n == 0 {
+            if tokens == 0 || size.n == [0; MAX_PARTS] {
                 continue;
             }
             // SAFETY: x has `tokens` rows of k, each part n rows of k, all of this device's dtype; y has `tokens` rows of `y_stride`, at

@@ -27,8 +27,8 @@ impl Ops for Cuda {
         self.to_device(tensor)
     }
 
-    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
-        Ok(self.to_host(tensor)?.to_f32())
+    fn to_host(&self, tensor: &Tensor) -> Result<Tensor> {
+        self.to_host(tensor)
     }
 
     fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
 use llava_engine::engine::{EngineOptions, open_device};
-use llava_engine::ops::Ops;
+use llava_engine::ops::{Matrix, Ops};
 use llava_engine::tensor::Tensor;
 
 use super::kernel_device;
@@ -75,6 +75,14 @@ impl TestDevice {
             DType::F16 => f16::EPSILON.to_f64(),
             DType::Bf16 => bf16::EPSILON.to_f64(),
             _ => 0.0,
+        }
+    }
+
+    /// A matrix's elements.
+    pub fn matrix(&self, matrix: &Matrix) -> Vec<f32> {
+        match matrix {
+            Matrix::Dense(tensor) => self.get(tensor),
+            Matrix::Packed(packed) => packed.map(|t| self.ops.to_host(t)).unwrap().to_f32(),
         }
     }
 

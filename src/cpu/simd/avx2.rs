@@ -35,9 +35,13 @@ unsafe fn mask(n: usize) -> __m256i {
 impl Simd for Avx2 {
     type V = __m256;
     type Square = [__m256; 8];
+    type Bytes = __m256i;
+    type Sums4 = __m256i; // 16 of 16 bits
+    type Sums8 = __m256i;
     const LANES: usize = 8;
     const MR: usize = 6; // 6·2 accumulators + 2 columns + 1 broadcast = 15 of 16 registers
     const BF16_DOT: bool = false;
+    const DOT8_UNSIGNED: bool = false;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
@@ -179,6 +183,78 @@ impl Simd for Avx2 {
     unsafe fn square() -> [__m256; 8] {
         // SAFETY: see above.
         [unsafe { _mm256_setzero_ps() }; 8]
+    }
+
+    #[inline(always)]
+    unsafe fn load_bytes(p: *const u8) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn repeat_bytes<const N: usize>(p: *const i8) -> __m256i {
+        // SAFETY: see above.
+        unsafe { if N == 16 { _mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast())) } else { _mm256_loadu_si256(p.cast()) } }
+    }
+
+    #[inline(always)]
+    unsafe fn low4(a: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_and_si256(a, _mm256_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    unsafe fn high4(a: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_and_si256(_mm256_srli_epi16::<4>(a), _mm256_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    unsafe fn zero4() -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_setzero_si256() }
+    }
+
+    #[inline(always)]
+    unsafe fn zero8() -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_setzero_si256() }
+    }
+
+    /// A product is at most 15·127, a pair 3810: 8 of them stay within 16 bits.
+    #[inline(always)]
+    unsafe fn dot4(c: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_add_epi16(c, _mm256_maddubs_epi16(w, x)) }
+    }
+
+    /// |w| times x with the sign of w: a pair is at most 2·128·127, within 16 bits.
+    #[inline(always)]
+    unsafe fn dot8(c: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+            _mm256_add_epi32(c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sums4(c: __m256i) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepi32_ps(_mm256_madd_epi16(c, _mm256_set1_epi16(1))) }
+    }
+
+    #[inline(always)]
+    unsafe fn sums8(c: __m256i) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepi32_ps(c) }
+    }
+
+    #[inline(always)]
+    unsafe fn spread<const N: usize>(p: *const f32) -> __m256 {
+        // SAFETY: see above.
+        unsafe { if N == 4 { _mm256_set_m128(_mm_set1_ps(*p.add(1)), _mm_set1_ps(*p)) } else { _mm256_set1_ps(*p) } }
     }
 
     #[inline(always)]

@@ -1,4 +1,4 @@
-//! AVX-512 F, BW, VL and DQ: 16 lanes, 32 registers; and the same with the bf16 dot product.
+//! AVX-512 F, BW, VL, DQ and VNNI: 16 lanes, 32 registers; and the same with the bf16 dot product.
 
 use std::arch::x86_64::*;
 
@@ -10,8 +10,8 @@ use super::{Kernel, Simd};
 /// Compiles `kernel` with these instructions.
 ///
 /// # Safety
-/// The machine has AVX2, FMA, F16C and AVX-512 F, BW, VL and DQ.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+/// The machine has AVX2, FMA, F16C and AVX-512 F, BW, VL, DQ and VNNI.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe { kernel.run::<Avx512<false>>() }
@@ -21,7 +21,7 @@ pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
 ///
 /// # Safety
 /// As [`run`], and the machine has AVX512-BF16.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")]
 pub unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe { kernel.run::<Avx512<true>>() }
@@ -41,9 +41,13 @@ fn mask(n: usize) -> __mmask16 {
 impl<const DOT: bool> Simd for Avx512<DOT> {
     type V = __m512;
     type Square = [__m512; 16];
+    type Bytes = __m512i;
+    type Sums4 = __m512i;
+    type Sums8 = __m512i;
     const LANES: usize = 16;
     const MR: usize = 14; // 14·2 accumulators + 2 columns + 1 broadcast = 31 of 32 registers
     const BF16_DOT: bool = DOT;
+    const DOT8_UNSIGNED: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
@@ -187,6 +191,78 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     unsafe fn square() -> [__m512; 16] {
         // SAFETY: see above.
         [unsafe { _mm512_setzero_ps() }; 16]
+    }
+
+    #[inline(always)]
+    unsafe fn load_bytes(p: *const u8) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn repeat_bytes<const N: usize>(p: *const i8) -> __m512i {
+        // SAFETY: see above.
+        unsafe {
+            if N == 16 {
+                _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast()))
+            } else {
+                _mm512_broadcast_i64x4(_mm256_loadu_si256(p.cast()))
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn low4(a: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_and_si512(a, _mm512_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    unsafe fn high4(a: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(a), _mm512_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    unsafe fn zero4() -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn zero8() -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn dot4(c: __m512i, w: __m512i, x: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_dpbusd_epi32(c, w, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot8(c: __m512i, w: __m512i, x: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_dpbusd_epi32(c, w, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn sums4(c: __m512i) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepi32_ps(c) }
+    }
+
+    #[inline(always)]
+    unsafe fn sums8(c: __m512i) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepi32_ps(c) }
+    }
+
+    #[inline(always)]
+    unsafe fn spread<const N: usize>(p: *const f32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_insertf32x8::<1>(_mm512_castps256_ps512(Avx2::spread::<N>(p)), Avx2::spread::<N>(p.add(8 / N))) }
     }
 
     #[inline(always)]

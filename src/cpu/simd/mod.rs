@@ -36,6 +36,12 @@ pub trait Simd: Copy + 'static {
     type V: Copy;
     /// `[V; LANES]`: a square block for [`Self::transpose`].
     type Square: AsMut<[Self::V]>;
+    /// A vector of 4·LANES bytes.
+    type Bytes: Copy;
+    /// Sums of [`Self::dot4`].
+    type Sums4: Copy;
+    /// Sums of [`Self::dot8`].
+    type Sums8: Copy;
     /// f32 in a vector.
     const LANES: usize;
     /// Rows of a full tile of a matrix product: as many as leave `MR * NV` accumulators, `NV` columns and one broadcast in registers.
@@ -44,6 +50,8 @@ pub trait Simd: Copy + 'static {
     const NR: usize = NV * Self::LANES;
     /// Whether [`Self::dot_bf16`] is one instruction, worth rounding activations to bf16 for.
     const BF16_DOT: bool;
+    /// Whether [`Self::dot8`] takes bytes q as they are; else as q − 128.
+    const DOT8_UNSIGNED: bool;
 
     /// x in all lanes
     unsafe fn splat(x: f32) -> Self::V;
@@ -89,6 +97,28 @@ pub trait Simd: Copy + 'static {
     unsafe fn square() -> Self::Square;
     /// c + a₀·b₀ + a₁·b₁, where each lane of a and b holds two bf16
     unsafe fn dot_bf16(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// 4·LANES bytes from `p`
+    unsafe fn load_bytes(p: *const u8) -> Self::Bytes;
+    /// `N` bytes from `p`, 16 or 32, as often as they fit
+    unsafe fn repeat_bytes<const N: usize>(p: *const i8) -> Self::Bytes;
+    /// the low 4 bits of each byte
+    unsafe fn low4(a: Self::Bytes) -> Self::Bytes;
+    /// the high 4 bits of each byte
+    unsafe fn high4(a: Self::Bytes) -> Self::Bytes;
+    /// no sums yet
+    unsafe fn zero4() -> Self::Sums4;
+    /// no sums yet
+    unsafe fn zero8() -> Self::Sums8;
+    /// In each of LANES lanes: c + Σ of four products of unsigned w ≤ 15 with signed x ≥ −127. Up to 8 times: c may be of 16 bits.
+    unsafe fn dot4(c: Self::Sums4, w: Self::Bytes, x: Self::Bytes) -> Self::Sums4;
+    /// In each of LANES lanes: c + Σ of four products of w, unsigned or less 128, with signed x ≥ −127.
+    unsafe fn dot8(c: Self::Sums8, w: Self::Bytes, x: Self::Bytes) -> Self::Sums8;
+    /// the sums as f32
+    unsafe fn sums4(c: Self::Sums4) -> Self::V;
+    /// the sums as f32
+    unsafe fn sums8(c: Self::Sums8) -> Self::V;
+    /// lane i is p\[i / N\], N = 4 or 8
+    unsafe fn spread<const N: usize>(p: *const f32) -> Self::V;
     /// asks for the cache line of `p`, which need not be valid
     #[inline(always)]
     unsafe fn prefetch(_p: *const u8) {}
@@ -166,7 +196,7 @@ pub enum Isa {
     Scalar,
     /// AVX2, FMA and F16C: 8 lanes.
     Avx2,
-    /// AVX-512 F, BW, VL and DQ: 16 lanes.
+    /// AVX-512 F, BW, VL, DQ and VNNI: 16 lanes.
     Avx512,
     /// [`Isa::Avx512`] and its bf16 dot product.
     Avx512Bf16,
@@ -232,7 +262,8 @@ impl Isa {
                 Self::Scalar => true,
                 Self::Avx2 => has!("avx2") && has!("fma") && has!("f16c"),
                 Self::Avx512 => {
-                    Self::Avx2.is_supported() && has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq")
+                    let has_base = has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq");
+                    Self::Avx2.is_supported() && has_base && has!("avx512vnni")
                 }
                 Self::Avx512Bf16 => Self::Avx512.is_supported() && has!("avx512bf16"),
                 #[cfg(test)]
@@ -355,10 +386,64 @@ mod tests {
                 for (i, &row) in square.as_mut().iter().enumerate() {
                     expect("transpose", row, &|j| whole[i] + 1000.0 * j as f32);
                 }
+                self.integers::<S>(&lanes);
                 if S::BF16_DOT {
                     let pair = |low: f32, high: f32| f32::from_bits(high.to_bits() & 0xffff_0000 | low.to_bits() >> 16);
                     let (a, b) = (S::splat(pair(2.0, 3.0)), S::splat(pair(5.0, 7.0)));
                     expect("dot_bf16", S::dot_bf16(a, b, S::splat(0.5)), &|_| 2.0 * 5.0 + 3.0 * 7.0 + 0.5);
+                }
+            }
+        }
+    }
+
+    impl Wrappers {
+        #[inline(always)]
+        unsafe fn integers<S: Simd>(&self, lanes: &dyn Fn(S::V) -> Vec<f32>) {
+            let n = 4 * S::LANES;
+            let w: Vec<u8> = (0..64).map(|i| (i * 37 % 256) as u8).collect();
+            let x: Vec<i8> = (0..64).map(|i| (i * 91 % 255 - 127) as i8).collect();
+            let nibble = |i: usize, high: bool| i32::from(if high { w[i] >> 4 } else { w[i] & 15 });
+            // SAFETY: the instructions are there, says the caller; all buffers have 64 elements.
+            unsafe {
+                let (bytes, low, high) = {
+                    let bytes = S::load_bytes(w.as_ptr());
+                    (bytes, S::low4(bytes), S::high4(bytes))
+                };
+                let (x16, x32) = (S::repeat_bytes::<16>(x.as_ptr()), S::repeat_bytes::<32>(x.as_ptr()));
+                let four = |lane: usize, f: &dyn Fn(usize) -> i32| (4 * lane..4 * lane + 4).map(f).sum::<i32>() as f32;
+                for (half, is_high) in [(low, false), (high, true)] {
+                    let got = lanes(S::sums4(S::dot4(S::zero4(), half, x16)));
+                    for lane in 0..S::LANES {
+                        assert_eq!(got[lane], four(lane, &|i| nibble(i, is_high) * i32::from(x[i % 16])), "dot4, high {is_high}");
+                    }
+                }
+                let zero = if S::DOT8_UNSIGNED { 0 } else { 128 };
+                let got = lanes(S::sums8(S::dot8(S::dot8(S::zero8(), bytes, x32), bytes, x32)));
+                for lane in 0..S::LANES {
+                    let once = four(lane, &|i| (i32::from(w[i]) - zero) * i32::from(x[i % 32]));
+                    assert_eq!(got[lane], 2.0 * once, "dot8");
+                }
+                // The largest sums there are, of both signs.
+                let (w, ones) = (vec![0xff_u8; n], [127i8; 32]);
+                let bytes = S::load_bytes(w.as_ptr());
+                for sign in [1i8, -1] {
+                    let x = S::repeat_bytes::<32>(ones.map(|x| x * sign).as_ptr());
+                    let (mut sums, mut w) = (S::zero4(), S::low4(bytes));
+                    for _ in 0..8 {
+                        sums = S::dot4(sums, w, x);
+                        w = S::high4(bytes);
+                    }
+                    assert_eq!(lanes(S::sums4(sums))[0], f32::from(sign) * 8.0 * 4.0 * 15.0 * 127.0);
+                    for (byte, q) in [(0xff_u8, 255), (0, 0), (128, 128)] {
+                        let w = vec![byte; n];
+                        let sums = S::dot8(S::zero8(), S::load_bytes(w.as_ptr()), x);
+                        assert_eq!(lanes(S::sums8(sums))[0], f32::from(sign) * 4.0 * (q - zero) as f32 * 127.0, "{byte}");
+                    }
+                }
+                let p = [1.0, 2.0, 3.0, 4.0];
+                let (fours, eights) = (lanes(S::spread::<4>(p.as_ptr())), lanes(S::spread::<8>(p.as_ptr())));
+                for lane in 0..S::LANES {
+                    assert_eq!((fours[lane], eights[lane]), (p[lane / 4], p[lane / 8]));
                 }
             }
         }

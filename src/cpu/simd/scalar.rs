@@ -24,9 +24,13 @@ fn map2<const L: usize>(a: [f32; L], b: [f32; L], f: impl Fn(f32, f32) -> f32) -
 impl<const L: usize, const DOT: bool> Simd for Scalar<L, DOT> {
     type V = [f32; L];
     type Square = [[f32; L]; L];
+    type Bytes = [[u8; 4]; L];
+    type Sums4 = [i32; L];
+    type Sums8 = [i32; L];
     const LANES: usize = L;
     const MR: usize = if L == 16 { 14 } else { 4 };
     const BF16_DOT: bool = DOT;
+    const DOT8_UNSIGNED: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
@@ -163,6 +167,78 @@ impl<const L: usize, const DOT: bool> Simd for Scalar<L, DOT> {
     #[inline(always)]
     unsafe fn square() -> Self::Square {
         [[0.0; L]; L]
+    }
+
+    #[inline(always)]
+    unsafe fn load_bytes(p: *const u8) -> Self::Bytes {
+        // SAFETY: 4·LANES bytes can be read.
+        unsafe { p.cast::<[[u8; 4]; L]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn repeat_bytes<const N: usize>(p: *const i8) -> Self::Bytes {
+        let mut bytes = [[0; 4]; L];
+        for i in 0..L {
+            // SAFETY: N bytes can be read.
+            bytes[i] = unsafe { p.cast::<u8>().add(4 * i % N).cast::<[u8; 4]>().read_unaligned() };
+        }
+        bytes
+    }
+
+    #[inline(always)]
+    unsafe fn low4(a: Self::Bytes) -> Self::Bytes {
+        a.map(|four| four.map(|b| b & 15))
+    }
+
+    #[inline(always)]
+    unsafe fn high4(a: Self::Bytes) -> Self::Bytes {
+        a.map(|four| four.map(|b| b >> 4))
+    }
+
+    #[inline(always)]
+    unsafe fn zero4() -> Self::Sums4 {
+        [0; L]
+    }
+
+    #[inline(always)]
+    unsafe fn zero8() -> Self::Sums8 {
+        [0; L]
+    }
+
+    #[inline(always)]
+    unsafe fn dot4(mut c: Self::Sums4, w: Self::Bytes, x: Self::Bytes) -> Self::Sums4 {
+        for i in 0..L {
+            for j in 0..4 {
+                c[i] += i32::from(w[i][j]) * i32::from(x[i][j] as i8);
+            }
+        }
+        c
+    }
+
+    #[inline(always)]
+    unsafe fn dot8(c: Self::Sums8, w: Self::Bytes, x: Self::Bytes) -> Self::Sums8 {
+        // SAFETY: without instructions of its own.
+        unsafe { Self::dot4(c, w, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn sums4(c: Self::Sums4) -> Self::V {
+        c.map(|sum| sum as f32)
+    }
+
+    #[inline(always)]
+    unsafe fn sums8(c: Self::Sums8) -> Self::V {
+        c.map(|sum| sum as f32)
+    }
+
+    #[inline(always)]
+    unsafe fn spread<const N: usize>(p: *const f32) -> Self::V {
+        let mut v = [0.0; L];
+        for i in 0..L {
+            // SAFETY: LANES / N elements can be read.
+            v[i] = unsafe { *p.add(i / N) };
+        }
+        v
     }
 
     #[inline(always)]

@@ -1,0 +1,334 @@
+//! The linear layer with packed integer weights (`src/ops/packed.rs`): y = epilogue(x·Wᵀ + bias).
+//!
+//! Each group of x (as many columns as share a scale of W) is rounded to 8 bits with a scale of its own, and dot products are sums of
+//! integers, exact within a group:
+//!
+//! ```text
+//! y[t, r] = Σ_g s[r, g]·a[t, g]·Σ_{i in g} q[r, i]·p[t, i]  +  Σ_g o[r, g]·a[t, g]·Σ_{i in g} p[t, i]
+//! w[r, i] = s[r, g]·q[r, i] + o[r, g],   x[t, i] ≈ a[t, g]·p[t, i],   |p| ≤ 127
+//! ```
+//!
+//! Tokens are taken [`TILE`] at a time, rows of W in blocks of 16, which stream from memory once: a task has as many blocks as stay in L2
+//! while all tiles of tokens pass by. Integers are unpacked in registers, once for a tile.
+//!
+//! Numerics: a result depends on its row of x and of W alone, bit for bit, however many tokens there are and however many threads.
+
+#![allow(clippy::needless_range_loop)] // lanes, rows and columns are indexed alike, and unrolled
+
+use half::f16;
+
+use super::matmul::Output;
+use super::pool::{Disjoint, Pool};
+use super::scratch::{carve, padded, with_scratch};
+use super::simd::{Isa, Kernel, Simd, Stored};
+use crate::ops::Packed;
+use crate::ops::packed::{BLOCK_ROWS, SLAB};
+
+/// The most tokens of a tile: with two vectors of rows, 12 sums are under way, which hides the latency of their products.
+const TILE: usize = 6;
+/// Bytes of W that stay in L2 while all tiles of tokens pass by; and what a task of one tile reads, small enough to share out evenly.
+const TASK_BYTES: usize = 256 << 10;
+const STREAM_BYTES: usize = 128 << 10;
+/// The largest |p|.
+const LIMIT: f32 = 127.0;
+
+/// x in 8 bits, tile by tile.
+struct X<'a> {
+    /// `[tiles][k / SLAB][tokens of the tile][SLAB]`
+    p: &'a [i8],
+    /// a: `[tiles][k / group][tokens of the tile]`
+    scales: &'a [f32],
+    /// a·Σp, as `scales`
+    sums: &'a [f32],
+    k: usize,
+    group: usize,
+}
+
+/// The first token of each tile, and its tokens: [`TILE`], and less at the end, where two tiles share what one cannot take.
+fn tiles(tokens: usize) -> Vec<(usize, usize)> {
+    let n = tokens.div_ceil(TILE);
+    (0..n).map(|i| (i * tokens / n, (i + 1) * tokens / n - i * tokens / n)).collect()
+}
+
+/// Rows of W that a task computes.
+#[derive(Clone, Copy)]
+struct Blocks {
+    part: usize,
+    /// Its first block within the part, and how many there are.
+    first: usize,
+    n: usize,
+    /// Its first row, counted over all parts.
+    col: usize,
+}
+
+/// The product of x `[tokens, k]` and `parts` `[n_i, k]`, all of one format.
+///
+/// # Panics
+/// If an operand is too small for these shapes.
+pub(super) fn linear(isa: Isa, pool: &Pool, out: Output<'_>, x: &[f32], tokens: usize, parts: &[&Packed]) {
+    let (k, group, bits) = (parts[0].k, parts[0].group, parts[0].bits);
+    let n: usize = parts.iter().map(|part| part.n).sum();
+    if tokens == 0 || n == 0 {
+        return;
+    }
+    // Kernels rely on these.
+    assert!(k > 0 && x.len() >= tokens * k, "x has {} elements, not {tokens} rows of {k}", x.len());
+    out.expect(tokens, n);
+    let (tiles, n_groups) = (tiles(tokens), k / group);
+    let n_scales = tokens * n_groups;
+    with_scratch(padded(tokens * k / 4) + 2 * padded(n_scales), |mut rest| {
+        let (p, scales, sums) = (carve(&mut rest, tokens * k / 4), carve(&mut rest, n_scales), carve(&mut rest, n_scales));
+        {
+            let p = Disjoint::new(bytemuck::cast_slice_mut(p));
+            let (scales, sums) = (Disjoint::new(scales), Disjoint::new(sums));
+            pool.run(tiles.len(), &|i| {
+                let (first, n) = tiles[i];
+                // SAFETY: tiles do not overlap, and each task has its own.
+                let (p, scales, sums) = unsafe {
+                    (
+                        p.slice(first * k, n * k),
+                        scales.slice(first * n_groups, n * n_groups),
+                        sums.slice(first * n_groups, n * n_groups),
+                    )
+                };
+                isa.run(PackX { x: &x[first * k..(first + n) * k], n, k, group, p, scales, sums });
+            });
+        }
+        let x = X { p: bytemuck::cast_slice(p), scales, sums, k, group };
+        let block_bytes = BLOCK_ROWS * k * bits / 8;
+        let task_bytes = if tiles.len() == 1 { STREAM_BYTES } else { TASK_BYTES };
+        let n_blocks = (task_bytes / block_bytes).max(1);
+        let mut tasks = Vec::new();
+        let mut col = 0;
+        for (part, packed) in parts.iter().enumerate() {
+            let all = packed.n.div_ceil(BLOCK_ROWS);
+            let of = |first| Blocks { part, first, n: n_blocks.min(all - first), col: col + first * BLOCK_ROWS };
+            tasks.extend((0..all).step_by(n_blocks).map(of));
+            col += packed.n;
+        }
+        pool.run(tasks.len(), &|i| {
+            let task = Task { out: &out, x: &x, tiles: &tiles, w: parts[tasks[i].part], blocks: tasks[i] };
+            if bits == 4 { isa.run(OfBits::<4>(task)) } else { isa.run(OfBits::<8>(task)) }
+        });
+    });
+}
+
+/// Rounds a tile of x.
+struct PackX<'a> {
+    /// `[n, k]`
+    x: &'a [f32],
+    n: usize,
+    k: usize,
+    group: usize,
+    p: &'a mut [i8],
+    scales: &'a mut [f32],
+    sums: &'a mut [f32],
+}
+
+impl Kernel for PackX<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { x, n, k, group, p, scales, sums } = self;
+        for (t, row) in x.chunks_exact(k).enumerate() {
+            for (g, x) in row.chunks_exact(group).enumerate() {
+                // As bits, which order magnitudes and put NaN on top.
+                let mut largest = 0;
+                for v in x {
+                    largest = largest.max(v.to_bits() & 0x7fff_ffff);
+                }
+                let scale = f32::from_bits(largest) / LIMIT;
+                let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                let mut sum = 0;
+                for (s, x) in x.chunks_exact(SLAB).enumerate() {
+                    let to = &mut p[((g * group / SLAB + s) * n + t) * SLAB..][..SLAB];
+                    for i in 0..SLAB {
+                        // 1.5·2²³ leaves no bits for fractions: the low byte is the nearest integer.
+                        to[i] = (x[i] * inverse + 12_582_912.0).to_bits() as i8;
+                    }
+                    for i in 0..SLAB {
+                        sum += i32::from(to[i]);
+                    }
+                }
+                scales[g * n + t] = scale;
+                sums[g * n + t] = scale * sum as f32;
+            }
+        }
+    }
+}
+
+/// Some blocks of W times all tokens.
+#[derive(Clone, Copy)]
+struct Task<'a> {
+    out: &'a Output<'a>,
+    x: &'a X<'a>,
+    tiles: &'a [(usize, usize)],
+    w: &'a Packed,
+    blocks: Blocks,
+}
+
+struct OfBits<'a, const BITS: usize>(Task<'a>);
+
+impl<const BITS: usize> Kernel for OfBits<'_, BITS> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Task { x, tiles, w, blocks, .. } = self.0;
+        let n_scales = x.k / x.group * BLOCK_ROWS;
+        with_scratch(2 * blocks.n * padded(n_scales), |scratch| {
+            // Scales, and what Σ a·Σp is to be multiplied by, of each block.
+            let at = blocks.first * n_scales..(blocks.first + blocks.n) * n_scales;
+            let (scales, offsets) = scratch.split_at_mut(blocks.n * padded(n_scales));
+            let (scales, offsets) = (&mut scales[..at.len()], &mut offsets[..at.len()]);
+            let zero = if BITS == 8 && !S::DOT8_UNSIGNED { 0.0 } else { -(w.format().zero() as f32) };
+            // SAFETY: the instructions are there, says the caller; the slices have these elements, a multiple of 16.
+            unsafe {
+                widen::<S>(scales, &w.scales.as_slice::<f16>()[at.clone()], 1.0);
+                match &w.offsets {
+                    Some(offsets_of) => widen::<S>(offsets, &offsets_of.as_slice::<f16>()[at], 1.0),
+                    None => widen::<S>(offsets, &w.scales.as_slice::<f16>()[at], zero),
+                }
+                for &(first, n) in tiles {
+                    for block in 0..blocks.n {
+                        let of = |all: &[f32]| all[block * n_scales..][..n_scales].as_ptr();
+                        let block = Block { task: &self.0, first, block, scales: of(scales), offsets: of(offsets) };
+                        match n {
+                            1 => block.run::<S, BITS, 4, 1>(),
+                            2 => block.run::<S, BITS, 4, 2>(),
+                            3 => block.run::<S, BITS, 2, 3>(),
+                            4 => block.run::<S, BITS, 2, 4>(),
+                            5 => block.run::<S, BITS, 2, 5>(),
+                            _ => block.run::<S, BITS, 2, TILE>(),
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// to\[i\] = from\[i\]·factor
+///
+/// # Safety
+/// That of [`Simd`]; both have as many elements, a multiple of 16.
+#[inline(always)]
+unsafe fn widen<S: Simd>(to: &mut [f32], from: &[f16], factor: f32) {
+    for i in (0..to.len()).step_by(S::LANES) {
+        // SAFETY: the caller's.
+        unsafe { S::store(to.as_mut_ptr().add(i), S::mul(f16::load::<S>(from.as_ptr().add(i)), S::splat(factor))) };
+    }
+}
+
+/// A block of W and a tile of tokens.
+struct Block<'a> {
+    task: &'a Task<'a>,
+    /// The first token.
+    first: usize,
+    /// Number within the task.
+    block: usize,
+    /// `[k / group][BLOCK_ROWS]`
+    scales: *const f32,
+    /// As `scales`.
+    offsets: *const f32,
+}
+
+impl Block<'_> {
+    /// The product for a tile of `T` tokens, `R` vectors of W at a time.
+    ///
+    /// # Safety
+    /// That of [`Simd`]; the tile has `T` tokens, W integers of `BITS`.
+    #[inline(always)]
+    unsafe fn run<S: Simd, const BITS: usize, const R: usize, const T: usize>(&self) {
+        let Task { out, x, w, blocks, .. } = *self.task;
+        let (n_slabs, n_groups, slabs_of_group) = (x.k / SLAB, x.k / x.group, x.group / SLAB);
+        // A slab's 16 rows of 4·BITS bytes in vectors of 4·LANES: BITS lanes have partial sums of one row.
+        let slab_bytes = BLOCK_ROWS * 4 * BITS;
+        let n_vectors = BLOCK_ROWS * BITS / S::LANES;
+        let rows_of_vector = S::LANES / BITS;
+        let bytes = bytemuck::cast_slice::<i32, u8>(w.words.as_slice());
+        let bytes = &bytes[(blocks.first + self.block) * n_slabs * slab_bytes..][..n_slabs * slab_bytes];
+        let p = x.p[self.first * x.k..][..T * x.k].as_ptr();
+        let x_scales = x.scales[self.first * n_groups..][..T * n_groups].as_ptr();
+        let x_sums = x.sums[self.first * n_groups..][..T * n_groups].as_ptr();
+        let mut rows = [[0.0; BLOCK_ROWS]; T];
+        // SAFETY: groups and slabs are inside W, the tile and their scales, whose sizes were just checked; rows of y are those of the
+        // tile, columns those of this task alone.
+        unsafe {
+            for vector in (0..n_vectors).step_by(R) {
+                let mut acc = [[S::splat(0.0); T]; R];
+                for g in 0..n_groups {
+                    let mut sums4 = [[S::zero4(); T]; R];
+                    let mut sums8 = [[S::zero8(); T]; R];
+                    for slab in g * slabs_of_group..(g + 1) * slabs_of_group {
+                        let w = bytes.as_ptr().add(slab * slab_bytes + vector * 4 * S::LANES);
+                        let p = p.add(slab * T * SLAB);
+                        if BITS == 4 {
+                            let (mut low, mut high) = ([S::load_bytes(w); R], [S::load_bytes(w); R]);
+                            for r in 0..R {
+                                let both = S::load_bytes(w.add(r * 4 * S::LANES));
+                                (low[r], high[r]) = (S::low4(both), S::high4(both));
+                            }
+                            for t in 0..T {
+                                let x = S::repeat_bytes::<16>(p.add(t * SLAB));
+                                for r in 0..R {
+                                    sums4[r][t] = S::dot4(sums4[r][t], low[r], x);
+                                }
+                                let x = S::repeat_bytes::<16>(p.add(t * SLAB + SLAB / 2));
+                                for r in 0..R {
+                                    sums4[r][t] = S::dot4(sums4[r][t], high[r], x);
+                                }
+                            }
+                        } else {
+                            for t in 0..T {
+                                let x = S::repeat_bytes::<32>(p.add(t * SLAB));
+                                for r in 0..R {
+                                    sums8[r][t] = S::dot8(sums8[r][t], S::load_bytes(w.add(r * 4 * S::LANES)), x);
+                                }
+                            }
+                        }
+                    }
+                    for r in 0..R {
+                        let scales = self.scales.add(g * BLOCK_ROWS + (vector + r) * rows_of_vector);
+                        let scale = if BITS == 4 { S::spread::<4>(scales) } else { S::spread::<8>(scales) };
+                        for t in 0..T {
+                            let sum = if BITS == 4 { S::sums4(sums4[r][t]) } else { S::sums8(sums8[r][t]) };
+                            acc[r][t] = S::fma(sum, S::mul(scale, S::splat(*x_scales.add(g * T + t))), acc[r][t]);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    for t in 0..T {
+                        let mut lanes = [0.0; 16];
+                        S::store(lanes.as_mut_ptr(), acc[r][t]);
+                        for row in 0..rows_of_vector {
+                            let mut sum = 0.0;
+                            for lane in 0..BITS {
+                                sum += lanes[row * BITS + lane];
+                            }
+                            rows[t][(vector + r) * rows_of_vector + row] = sum;
+                        }
+                    }
+                }
+            }
+            let n_rows = BLOCK_ROWS.min(w.n - (blocks.first + self.block) * BLOCK_ROWS);
+            for j in (0..n_rows).step_by(S::LANES) {
+                let mut acc = [S::splat(0.0); T];
+                for t in 0..T {
+                    acc[t] = S::load(rows[t].as_ptr().add(j));
+                }
+                for g in 0..n_groups {
+                    let offset = S::load(self.offsets.add(g * BLOCK_ROWS + j));
+                    for t in 0..T {
+                        acc[t] = S::fma(offset, S::splat(*x_sums.add(g * T + t)), acc[t]);
+                    }
+                }
+                for t in 0..T {
+                    let col = blocks.col + self.block * BLOCK_ROWS + j;
+                    out.finish::<S>(self.first + t, col, S::LANES.min(n_rows - j), acc[t]);
+                }
+            }
+        }
+    }
+}
