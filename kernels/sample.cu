@@ -259,7 +259,7 @@ KERNEL(THREADS) sample_fwd_f32(int* ids, const float* logits, unsigned* seen, co
     unsigned* row_seen = seen + r * ceil_div(vocab, 32);
     Row row = {logits + r * vocab, row_seen, vocab, draw.penalty, draw.scale, 0.0f};
     const int id = sample(row, draw, *reinterpret_cast<Shared*>(memory));
-    __syncthreads();  // nobody reads what has occurred any more
+    // All threads have passed a barrier since they last read `seen`.
     if (threadIdx.x == 0) {
         ids[r] = id;
         if (id >= 0) row_seen[id / 32] |= 1u << (id % 32);

@@ -143,6 +143,41 @@ fn every_device_draws_what_sorting_draws() {
     }
 }
 
+/// Two tokens, the first of weight w: the least random bits that draw the second one, and one less. A weight that is off by one shows.
+#[test]
+fn weights_are_the_same_to_the_last_unit() {
+    let rows = 600;
+    let draw = |i: usize| Draw {
+        repetition_penalty: [1.0, 1.1][i / 2 % 2],
+        temperature: 0.7,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        random: 0,
+    };
+    let mut draws: Vec<Draw> = (0..rows).map(draw).collect();
+    let mut logits = Vec::new();
+    for (i, distance) in random(rows / 2, 6).iter().enumerate() {
+        // From a hair to beyond 2⁻³⁰, on both sides of 0.
+        let row = [3.0 - 7.5 * (distance + 1.0).powi(2).min(2.0), 3.0];
+        let penalized =
+            row.map(|l| if l > 0.0 { l / draws[2 * i].repetition_penalty } else { l * draws[2 * i].repetition_penalty });
+        let [w, other] = penalized.map(|l| u128::from(weight(l, penalized[1], draws[2 * i].scale())));
+        let least = (w << 64).div_ceil(w + other) as u64;
+        (draws[2 * i].random, draws[2 * i + 1].random) = (least, least.saturating_sub(1));
+        logits.extend([row, row].concat());
+    }
+    for device in f32_devices() {
+        let mut ids = device.ops.alloc(&[rows], DType::I32).unwrap();
+        let mut seen = device.ops.upload(Tensor::from_slice(&[rows, 1], &vec![3; rows])).unwrap();
+        device.ops.sample(&mut ids, &device.put_f32(&[rows, 2], &logits), &mut seen, &draws).unwrap();
+        for (i, id) in device.ops.download_i32(&ids).unwrap().into_iter().enumerate() {
+            // Where the first has no weight, nothing draws it.
+            assert_eq!(id, i32::from(i % 2 == 0 || draws[i].random == 0), "{}: {:?}", device.name, &logits[2 * i..][..2]);
+        }
+    }
+}
+
 /// Draws of 64 even shares of the total, as good as random ones: each token comes as often as its share says, to within two.
 #[test]
 fn tokens_are_drawn_as_often_as_they_are_probable() {

@@ -16,7 +16,7 @@ pub const MAX_WEIGHT: u32 = (1 << WEIGHT_BITS) - 1;
 const WEIGHT_BITS: u32 = 30;
 
 /// (2^−f − 1)/f on 0..1, lowest power first: interpolated at Chebyshev nodes; 10⁻⁸ off, less than f32 rounds.
-const EXP2: [f32; 6] = [-0.693_147_2, 0.240_226_09, -0.055_499_23, 0.009_597_035, -0.001_291_636_8, 0.000_114_919_95];
+const EXP2: [f32; 6] = [-std::f32::consts::LN_2, 0.240_226_09, -0.055_499_23, 0.009_597_035, -0.001_291_636_8, 0.000_114_919_95];
 
 /// How the token after one row of logits is chosen. The filters work in the order of the fields, as in HF's `generate`.
 #[derive(Clone, Copy, Debug, PartialEq)]
