@@ -69,9 +69,8 @@ struct Row {
 
     __device__ unsigned weight(int i) const {
         const float l = logit(i);
-        if (l == max) return MAX_WEIGHT;
-        const float t = __fmul_rn(__fsub_rn(max, l), scale);
-        if (!(t < float(WEIGHT_BITS))) return 0;
+        // Infinite ones are equal too, and have no difference. At 31 the weight is 0; fminf takes NaN, of two infinite extremes, there too.
+        const float t = l == max ? 0.0f : fminf(__fmul_rn(__fsub_rn(max, l), scale), WEIGHT_BITS + 1.0f);
         const int octaves = int(t);
         const float f = __fsub_rn(t, float(octaves));
         // (2^−f − 1)/f, as in src/ops/sample.rs

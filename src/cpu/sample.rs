@@ -37,19 +37,22 @@ fn sample_row(logits: &[f32], seen: &[i32], draw: &Draw, mut scratch: &mut [f32]
     if draw.scale().is_infinite() {
         return penalized_logits.iter().position(|&l| l == max);
     }
-    let weights: &mut [u32] = bytemuck::cast_slice_mut(carve(&mut scratch, vocab));
+    let (weights, scale) = (bytemuck::cast_slice_mut::<_, u32>(carve(&mut scratch, vocab)), draw.scale());
     for (w, &logit) in weights.iter_mut().zip(&*penalized_logits) {
-        *w = weight(logit, max, draw.scale());
+        *w = weight(logit, max, scale);
     }
     let last = last_kept(weights, draw, bytemuck::cast_slice_mut(&mut scratch[..2 * vocab]));
-    let kept = || (0..vocab).map(|i| (i, weights[i])).filter(|&(i, w)| key(i, w) >= last && w >= draw.min_weight());
-    let mut left = share_of(kept().map(|(_, w)| u64::from(w)).sum(), draw.random);
-    let mut drawn = kept().skip_while(|&(_, w)| {
-        let passed = left >= u64::from(w);
-        left -= if passed { u64::from(w) } else { 0 };
-        passed
-    });
-    drawn.next().map(|(i, _)| i)
+    let min_weight = draw.min_weight();
+    for (i, w) in weights.iter_mut().enumerate() {
+        let kept = key(i, *w) >= last && *w >= min_weight;
+        *w = if kept { *w } else { 0 };
+    }
+    let mut left = share_of(weights.iter().map(|&w| u64::from(w)).sum(), draw.random);
+    weights.iter().position(|&w| {
+        let drawn = left < u64::from(w);
+        left = left.saturating_sub(w.into());
+        drawn
+    })
 }
 
 /// A number that is larger for a more probable token, and of equally probable ones for the one with the lower index.

@@ -57,21 +57,18 @@ pub fn penalized(logit: f32, penalty: f32) -> f32 {
     if logit > 0.0 { logit / penalty } else { logit * penalty }
 }
 
-/// ⌊2^(30 − t)⌋, at most [`MAX_WEIGHT`], t = (max − logit)·scale; 0 from t = 30 on.
+/// ⌊2^(30 − t)⌋, at most [`MAX_WEIGHT`], t = (max − logit)·scale.
 ///
 /// f32 operations in this order, each rounded to nearest: none may be fused with the next, or devices differ.
 pub fn weight(logit: f32, max: f32, scale: f32) -> u32 {
-    // Also where both are infinite and have no difference.
-    if logit == max {
-        return MAX_WEIGHT;
-    }
-    let t = (max - logit) * scale;
-    let in_range = t < WEIGHT_BITS as f32; // NaN is not: 0·∞, of two infinite extremes
-    let octaves = t as u32;
+    // Infinite ones are equal too, and have no difference.
+    let t = if logit == max { 0.0 } else { (max - logit) * scale };
+    let t = t.min(WEIGHT_BITS as f32 + 1.0); // gives 0, as does NaN: 0·∞, of two infinite extremes
+    let octaves = t as i32;
     let f = t - octaves as f32;
     let q = EXP2.iter().rev().fold(0.0, |q, &c| q * f + c);
-    let power = f32::from_bits((127 + WEIGHT_BITS).saturating_sub(octaves) << 23); // 2^(30 − octaves)
-    if in_range { (((q * f + 1.0) * power) as u32).min(MAX_WEIGHT) } else { 0 }
+    let power = f32::from_bits(((127 + WEIGHT_BITS as i32 - octaves) as u32) << 23); // 2^(30 − octaves)
+    (((q * f + 1.0) * power) as u32).min(MAX_WEIGHT)
 }
 
 /// ⌊share·total / 2⁶⁴⌋
