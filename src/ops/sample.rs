@@ -97,6 +97,7 @@ mod tests {
                 let exact = (30.0 - t).exp2();
                 let w = weight(logit, max, scale);
                 assert!((f64::from(w) - exact).abs() <= 1.0 + exact * (4e-7 + t * 2e-7), "{logit} of {max}: {w}, exactly {exact}");
+                assert!(w == 0 || exact > 0.999, "{logit} of {max} can be drawn: {w}, exactly {exact}");
                 assert!(f64::from(w) <= f64::from(previous) * (1.0 + 4e-7) && w <= MAX_WEIGHT);
                 previous = w;
             }
@@ -111,6 +112,7 @@ mod tests {
                 assert_eq!(weight(max, max, scale), MAX_WEIGHT);
                 for logit in [-inf, -most, -1.0, 0.0, most].into_iter().filter(|&l| l < max) {
                     let w = weight(logit, max, scale);
+                    assert!(logit > -inf || w == 0, "-inf of {max} by {scale}: {w}");
                     assert!(w <= MAX_WEIGHT && (scale < 1.0 || w <= 1 << 29), "{logit} of {max} by {scale}: {w}");
                 }
             }
