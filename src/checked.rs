@@ -3,11 +3,12 @@
 //! Operands are brought to the host before an op runs, the reference computes from those, and both results are compared. Nothing of the
 //! reference is carried on to the next op, so an op is judged alone. It is slow: weights travel with every op.
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, RopeTable, RowCopy, Span, Weight};
+use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 /// A device that is checked against another, which computes in f32 on the host.
@@ -25,6 +26,11 @@ impl Checked {
     /// A tensor of the device as f32 on the host.
     fn host(&self, tensor: &Tensor) -> Result<Tensor> {
         Ok(Tensor::from_slice(tensor.shape(), &self.device.download(tensor)?))
+    }
+
+    /// A tensor of integers of the device on the host.
+    fn host_i32(&self, tensor: &Tensor) -> Result<Tensor> {
+        Ok(Tensor::from_slice(tensor.shape(), &self.device.download_i32(tensor)?))
     }
 
     fn host_kv(&self, kv: &KvLayer) -> Result<KvLayer> {
@@ -57,19 +63,23 @@ impl Checked {
             let off = (g - e).abs();
             off > limit || off.is_nan()
         });
-        match bad {
-            None => Ok(()),
-            Some(i) => Err(Error::device(
-                op,
-                format!(
-                    "{what} {:?} differs from the reference ({}): element {i} is {}, expected {} within {limit}",
-                    got,
-                    self.reference.name(),
-                    values[i],
-                    expected[i]
-                ),
-            )),
-        }
+        bad.map_or(Ok(()), |i| Err(self.differs(op, what, got, i, values[i], format!("{} within {limit}", expected[i]))))
+    }
+
+    /// Stops at an integer that is another.
+    fn compare_i32(&self, op: &'static str, what: &str, got: &Tensor, expected: &Tensor) -> Result<()> {
+        let (values, expected) = (self.device.download_i32(got)?, expected.as_slice::<i32>());
+        let bad = values.iter().zip(expected).position(|(g, e)| g != e);
+        bad.map_or(Ok(()), |i| Err(self.differs(op, what, got, i, values[i], expected[i])))
+    }
+
+    /// The error of element `i`.
+    fn differs(&self, op: &str, what: &str, got: &Tensor, i: usize, value: impl Display, expected: impl Display) -> Error {
+        let reference = self.reference.name();
+        Error::device(
+            op,
+            format!("{what} {got:?} differs from the reference ({reference}): element {i} is {value}, expected {expected}"),
+        )
     }
 }
 
@@ -100,6 +110,10 @@ impl Ops for Checked {
 
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         self.device.download(tensor)
+    }
+
+    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>> {
+        self.device.download_i32(tensor)
     }
 
     fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
@@ -187,5 +201,13 @@ impl Ops for Checked {
         self.reference.copy_rows(&mut expected, &self.host(src)?, copies)?;
         self.device.copy_rows(dst, src, copies)?;
         self.compare("copy_rows", "dst", dst, &expected)
+    }
+
+    fn sample(&self, ids: &mut Tensor, logits: &Tensor, seen: &mut Tensor, draws: &[Draw]) -> Result<()> {
+        let (mut expected, mut expected_seen) = (self.host_i32(ids)?, self.host_i32(seen)?);
+        self.reference.sample(&mut expected, &self.host(logits)?, &mut expected_seen, draws)?;
+        self.device.sample(ids, logits, seen, draws)?;
+        self.compare_i32("sample", "ids", ids, &expected)?;
+        self.compare_i32("sample", "seen", seen, &expected_seen)
     }
 }

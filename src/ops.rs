@@ -6,13 +6,16 @@
 
 pub mod check;
 pub mod packed;
+pub mod sample;
+
+pub use packed::Packed;
+pub use sample::Draw;
 
 use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
-pub use packed::Packed;
 
 /// Rows of one sequence within a batch.
 #[derive(Clone, Copy, Debug)]
@@ -256,6 +259,9 @@ pub trait Ops: Send + Sync {
         Ok(self.to_host(tensor)?.to_f32())
     }
 
+    /// The elements of a device tensor of integers.
+    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>>;
+
     /// y\[:, c..c+n\] = epilogue(x·Wᵀ + bias), c = `w.first_col`
     ///
     /// x `[tokens, k]`, W `[n, k]`, bias f32 `[n]`, y `[tokens, >= c + n]`; the other columns of y stay as they are.
@@ -304,6 +310,12 @@ pub trait Ops: Send + Sync {
 
     /// Copies rows between tensors of one row length: splices image features, gathers last rows.
     fn copy_rows(&self, dst: &mut Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()>;
+
+    /// ids\[r\] = the token drawn from row r of `logits` by `draws[r]`, the same on every device ([`sample`]); −1 if the row holds NaN.
+    ///
+    /// logits f32 `[rows, vocab]`, ids i32 `[rows]`, seen i32 `[rows, ⌈vocab/32⌉]`: bit i % 32 of word i / 32 tells whether token i has
+    /// occurred; that of the token drawn is set. Reads logits a few times, more often with top-k and top-p.
+    fn sample(&self, ids: &mut Tensor, logits: &Tensor, seen: &mut Tensor, draws: &[Draw]) -> Result<()>;
 }
 
 /// Cosines and sines of the rotary embedding, both `[positions, head_dim / 2]` f32.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Span, Weight};
+use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 /// What one op has cost, over all its calls.
@@ -112,6 +112,10 @@ impl Ops for Profiled {
         self.inner.download(tensor)
     }
 
+    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>> {
+        self.inner.download_i32(tensor)
+    }
+
     fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
         let tokens = x.rows();
         let outputs = tokens * w.n() * y.dtype().size() * if epilogue == Epilogue::Add { 2 } else { 1 };
@@ -182,5 +186,9 @@ impl Ops for Profiled {
     fn copy_rows(&self, dst: &mut Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()> {
         let rows: usize = copies.iter().map(|c| c.n_rows).sum();
         self.timed("copy_rows", 2 * rows * src.row_len() * src.dtype().size(), 0, |ops| ops.copy_rows(dst, src, copies))
+    }
+
+    fn sample(&self, ids: &mut Tensor, logits: &Tensor, seen: &mut Tensor, draws: &[Draw]) -> Result<()> {
+        self.timed("sample", logits.bytes() + seen.bytes(), 0, |ops| ops.sample(ids, logits, seen, draws))
     }
 }

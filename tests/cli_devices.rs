@@ -6,13 +6,16 @@ use std::process::{Command, Output};
 
 use support::fixture;
 
-/// `generate` of a tiny model about a picture, greedily, in f32.
+/// `generate` of a tiny model about a picture, in f32, greedily unless `flags` say otherwise.
 fn generate(flags: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_llava-engine"));
     command.env_clear().env("HOME", "/nowhere").env("HF_HUB_OFFLINE", "1").env("LLAVA_THREADS", "2");
-    command.args(["generate", "--json", "--temperature", "0", "--max-new-tokens", "6", "--dtype", "f32"]);
+    command.args(["generate", "--json", "--max-new-tokens", "6", "--dtype", "f32"]);
     command.args(["--raw-prompt", "USER: <image>\nWhat is this? ASSISTANT:"]);
     command.arg("--model").arg(fixture("checkpoints/hf_mha_f32")).arg("--image").arg(fixture("images/square.png"));
+    if !flags.contains(&"--temperature") {
+        command.args(["--temperature", "0"]);
+    }
     command.args(flags).output().unwrap()
 }
 
@@ -45,4 +48,18 @@ fn simulated_kernels_answer_as_the_cpu() {
     assert_eq!(token_ids(&generate(&["--device", "sim"])), cpu);
     // Every op once more on the CPU: no difference is found.
     assert_eq!(token_ids(&generate(&["--device", "sim", "--check-ops"])), cpu);
+}
+
+/// The same seed draws the same tokens on every device.
+#[cfg(llava_sim)]
+#[test]
+fn simulated_kernels_draw_as_the_cpu() {
+    let drawn = |device, seed| {
+        let flags = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", "--min-p", "0.001", "--repetition-penalty", "1.2"];
+        token_ids(&generate(&[&flags[..], &["--seed", seed, "--device", device, "--check-ops"]].concat()))
+    };
+    for seed in ["1", "2"] {
+        assert_eq!(drawn("sim", seed), drawn("cpu", seed), "seed {seed}");
+    }
+    assert_ne!(drawn("cpu", "1"), drawn("cpu", "2"));
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
 use llava_engine::nn::{RopeScaling, rope_table};
-use llava_engine::ops::{Epilogue, Heads, KvLayer, KvSource, Ops, Span, Weight};
+use llava_engine::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Span, Weight};
 use llava_engine::tensor::Tensor;
 
 /// Far larger than any last cache that is shared by few threads: what must come from memory is this much before it comes again.
@@ -132,6 +132,7 @@ pub fn small_ops() -> Vec<Case> {
         cases.extend([rms_norm(tokens, 4096), silu_mul(tokens, 11008)]);
         cases.extend([DType::F32, DType::Bf16].map(|dtype| rope_append(tokens, LLAMA, dtype)));
     }
+    cases.extend([("all", 0, 1.0), ("top-k", 40, 1.0), ("top-p", 0, 0.95)].map(|(kept, k, p)| sample(32000, kept, k, p)));
     cases
 }
 
@@ -172,6 +173,18 @@ fn rope_append(tokens: usize, heads: Heads, cache: DType) -> Case {
             let span = Span { first_row: 0, n_rows: tokens, past: 0, pages: &pages };
             ops.rope_append(&mut qkv, &mut layer, &rope, &[span], heads).unwrap();
         })
+    })
+}
+
+/// A row of logits of which thousands have a part in the draw: more work than a model that is sure of itself makes.
+fn sample(vocab: usize, kept: &str, top_k: usize, top_p: f32) -> Case {
+    Case::new("sample", format!("{vocab} {kept}"), Work::Bytes(4 * vocab), move |ops| {
+        let logits = Tensor::from_slice(&[1, vocab], &random(vocab).iter().map(|l| 10.0 * l).collect::<Vec<_>>());
+        let logits = ops.upload(logits).unwrap();
+        let mut ids = ops.alloc(&[1], DType::I32).unwrap();
+        let mut seen = ops.alloc(&[1, vocab.div_ceil(32)], DType::I32).unwrap();
+        let draw = Draw { repetition_penalty: 1.0, temperature: 1.0, top_k, top_p, min_p: 0.0, random: 1 << 63 };
+        Box::new(move || ops.sample(&mut ids, &logits, &mut seen, &[draw]).unwrap())
     })
 }
 

@@ -147,9 +147,10 @@ template <typename... Args, void (*Kernel)(Args...)> struct Entry<Kernel> {
 namespace sim {
 
 template <typename T> inline T shuffle(Collective kind, unsigned mask, T x, int parameter, Site site) {
-    static_assert(sizeof(T) == 4, "shuffles move 32 bits");
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 32 bits, or twice 32");
     T out;
-    collective(kind, mask, &x, &out, parameter, site);
+    for (size_t word = 0; word < sizeof(T); word += 4)
+        collective(kind, mask, reinterpret_cast<char*>(&x) + word, reinterpret_cast<char*>(&out) + word, parameter, site);
     return out;
 }
 
@@ -166,6 +167,15 @@ inline unsigned atomicAdd(unsigned* p, unsigned x) { return sim::atomic_add(p, x
 
 using std::max;
 using std::min;
+
+// Each rounded by itself: the kernels are compiled without contraction.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned long long)(__uint128_t(a) * b >> 64); }
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+using std::isinf;
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return sim::bits_of(x); }

@@ -12,6 +12,7 @@ mod norm;
 pub mod pool;
 pub mod probe;
 mod rope;
+mod sample;
 mod scratch;
 // One contract holds for all wrapped instructions and stands at the trait; coefficients are written as they were fitted.
 #[allow(clippy::missing_safety_doc, clippy::excessive_precision)]
@@ -30,7 +31,7 @@ mod reference;
 
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Run, Span, Weight, check};
+use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Run, Span, Weight, check};
 use crate::tensor::Tensor;
 use pool::Pool;
 use simd::Isa;
@@ -90,6 +91,11 @@ impl Ops for Cpu {
 
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         Ok(tensor.to_f32())
+    }
+
+    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>> {
+        check::dtype("download", "tensor", tensor, DType::I32)?;
+        Ok(tensor.as_slice().to_vec())
     }
 
     fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
@@ -179,6 +185,12 @@ impl Ops for Cpu {
         check::copy_rows(dst, src, copies)?;
         check::dtype("copy_rows", "dst", dst, DType::F32)?;
         elementwise::copy_rows(dst, src, copies);
+        Ok(())
+    }
+
+    fn sample(&self, ids: &mut Tensor, logits: &Tensor, seen: &mut Tensor, draws: &[Draw]) -> Result<()> {
+        check::sample(ids, logits, seen, draws)?;
+        sample::sample(ids.as_mut_slice(), logits, seen, draws);
         Ok(())
     }
 }

@@ -28,7 +28,7 @@ kernels! {
     Patchify "patchify_fwd"
     ClipEmbed "clip_embed_fwd"
     RopeAppend "rope_append_fwd"
-    Argmax "argmax_fwd_f32"
+    Sample "sample_fwd_f32"
     AttentionD64 "attention_fwd_d64"
     AttentionD80 "attention_fwd_d80"
     AttentionD96 "attention_fwd_d96"

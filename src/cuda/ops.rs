@@ -3,7 +3,7 @@
 use super::Cuda;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Span, Weight};
+use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Span, Weight, check};
 use crate::tensor::Tensor;
 
 impl Ops for Cuda {
@@ -29,6 +29,11 @@ impl Ops for Cuda {
 
     fn to_host(&self, tensor: &Tensor) -> Result<Tensor> {
         self.to_host(tensor)
+    }
+
+    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>> {
+        check::dtype("download", "tensor", tensor, DType::I32)?;
+        Ok(self.to_host(tensor)?.as_slice().to_vec())
     }
 
     fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
@@ -77,5 +82,9 @@ impl Ops for Cuda {
 
     fn copy_rows(&self, dst: &mut Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()> {
         self.copy_rows(dst, src, copies)
+    }
+
+    fn sample(&self, ids: &mut Tensor, logits: &Tensor, seen: &mut Tensor, draws: &[Draw]) -> Result<()> {
+        self.sample(ids, logits, seen, draws)
     }
 }

@@ -1,7 +1,10 @@
 //! Kernels in the simulator. (The ops as such are tested from one case table for all devices: tests/ops.rs.)
 
+use std::sync::Arc;
+
 use super::Cuda;
 use crate::dtype::DType;
+use crate::ops::{Draw, Epilogue, Ops, Weight};
 use crate::tensor::Tensor;
 
 #[test]
@@ -78,46 +81,35 @@ fn memory_is_handed_on() {
     assert_ne!(c.device_address(), address);
 }
 
+/// What a draw needs stands in a table: steps that end with one are replayed, each with its own random bits.
 #[test]
-fn argmax_takes_the_first_of_the_largest() {
-    let cuda = Cuda::simulated(2, DType::F32).unwrap();
-    for vocab in [1, 3, 111, 4096, 8193] {
-        let at = |i: usize| i % vocab;
-        let low = |peaks: &[usize], peak: f32| {
-            let mut row: Vec<f32> = (0..vocab).map(|i| (i * 37 % 64) as f32 * -0.25 - 1.0).collect();
-            peaks.iter().for_each(|&i| row[i] = peak);
-            row
-        };
-        let rows = [
-            low(&[at(7)], 5.0),
-            low(&[at(1), vocab - 1, vocab / 2], 0.5),
-            low(&[vocab - 1], f32::INFINITY),
-            vec![f32::NEG_INFINITY; vocab],
-            // Equal, whatever their bits.
-            low(&[], 0.0)
-                .iter()
-                .enumerate()
-                .map(|(i, &x)| {
-                    if i == 0 {
-                        -0.0
-                    } else if i == 1 {
-                        0.0
-                    } else {
-                        x
-                    }
-                })
-                .collect(),
-            low(&[vocab / 2], f32::NAN),
-        ];
-        let expected = [at(7), at(1).min(vocab / 2), vocab - 1, 0, 0].map(|i| i as i32);
-        let logits = cuda.to_device(Tensor::from_slice(&[rows.len(), vocab], &rows.concat())).unwrap();
-        let mut ids = cuda.zeros(&[rows.len()], DType::I32).unwrap();
-        cuda.argmax(&mut ids, &logits).unwrap();
-        let ids = cuda.to_host(&ids).unwrap();
-        assert_eq!(ids.as_slice::<i32>(), [&expected[..], &[-1]].concat(), "{vocab}");
+fn steps_that_draw_are_replayed() {
+    let (vocab, hidden) = (111, 16);
+    let cuda = Cuda::simulated(1, DType::F32).unwrap();
+    let values = |n: usize, salt: usize| -> Vec<f32> { (0..n).map(|i| ((i * 37 + salt) % 101) as f32 * 0.02 - 1.0).collect() };
+    let there = |shape: &[usize], salt| cuda.to_device(Tensor::from_slice(shape, &values(shape.iter().product(), salt))).unwrap();
+    let (table, norm) = (there(&[vocab, hidden], 1), there(&[hidden], 2));
+    let head = Weight::stacked(vec![Arc::new(there(&[vocab, hidden], 3))]).unwrap();
+    let zeros = |shape: &[usize], dtype| cuda.zeros(shape, dtype).unwrap();
+    let [mut x, mut y] = [0, 0].map(|_| zeros(&[1, hidden], DType::F32));
+    let mut logits = zeros(&[1, vocab], DType::F32);
+    let (mut ids, mut seen) = (zeros(&[1], DType::I32), zeros(&[1, vocab.div_ceil(32)], DType::I32));
+    let mut answer = Vec::new();
+    for step in 0..12 {
+        cuda.embed(&mut x, &table, &[answer.last().map_or(0, |&id| id as u32)]).unwrap();
+        for _ in 0..4 {
+            cuda.rms_norm(&mut y, &x, &norm, 0.5).unwrap();
+            cuda.rms_norm(&mut x, &y, &norm, 0.25).unwrap();
+        }
+        cuda.linear(&mut logits, &x, &head, None, Epilogue::Store).unwrap();
+        let random = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(step + 1);
+        let draw = Draw { repetition_penalty: 2.0, temperature: 1.0, top_k: 90, top_p: 0.95, min_p: 0.01, random };
+        cuda.sample(&mut ids, &logits, &mut seen, &[draw]).unwrap();
+        answer.extend(cuda.download_i32(&ids).unwrap());
+        assert_eq!(cuda.queue.n_replays(), step as usize);
     }
-    let mut ids = cuda.zeros(&[1], DType::I32).unwrap();
-    assert!(cuda.argmax(&mut ids, &cuda.zeros(&[1, 0], DType::F32).unwrap()).is_err());
-    assert!(cuda.argmax(&mut ids, &cuda.zeros(&[2, 5], DType::F32).unwrap()).is_err());
-    assert!(cuda.argmax(&mut ids, &cuda.zeros(&[1, 5], DType::F16).unwrap()).is_err());
+    let mut occurred = vec![0; vocab.div_ceil(32)];
+    answer.iter().for_each(|&id| occurred[id as usize / 32] |= 1 << (id % 32));
+    assert_eq!(cuda.download_i32(&seen).unwrap(), occurred, "{answer:?}");
+    assert!(occurred.iter().map(|word: &i32| word.count_ones()).sum::<u32>() > 6, "draws repeat: {answer:?}");
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
+use crate::infer::runner::Runner;
 use crate::infer::sampler::{Sampler, SamplingOptions};
 use crate::model::Slot;
 use crate::text::{Prompt, StopMatcher, StreamDecoder};
@@ -117,8 +118,9 @@ impl Engine {
         if options.max_new_tokens == 0 {
             return Err(Error::usage("an answer of 0 tokens: ask for at least 1"));
         }
-        let mut sampler = Sampler::new(options.sampling.clone())?;
-        sampler.observe(prompt.slots.iter().filter_map(|s| if let Slot::Token(id) = s { Some(*id) } else { None }));
+        let occurred = prompt.slots.iter().filter_map(|s| if let Slot::Token(id) = s { Some(*id) } else { None });
+        let vocab = self.config().text.vocab_size;
+        let mut sampler = Sampler::new(options.sampling.clone(), self.runner.ops(), vocab, occurred)?;
         self.runner.cancel_flag().store(false, Ordering::Relaxed);
 
         let (image_ms, encode_ms) = match self.set_images(session, images) {
@@ -128,16 +130,15 @@ impl Engine {
         let prefill_start = Instant::now();
         let reused = session.reuse(&prompt.slots);
         let new = &prompt.slots[reused..];
-        let mut logits = Vec::new();
-        match self.advance(session, new, &mut logits) {
+        let first = match advance(&mut self.runner, session, new, &mut sampler) {
             Err(Error::Cancelled) => return Ok(self.cancelled(&prompt)),
-            other => other?,
-        }
+            first => first?,
+        };
         let prefill_ms = prefill_start.elapsed().as_secs_f64() * 1e3;
 
         let decode_start = Instant::now();
         let max_new_tokens = options.max_new_tokens.min(self.config().context_tokens - prompt.slots.len());
-        let (text, token_ids, finish_reason) = self.decode(session, &mut sampler, &mut logits, max_new_tokens, options, on_text)?;
+        let (text, token_ids, finish_reason) = self.decode(session, &mut sampler, first, max_new_tokens, options, on_text)?;
         let decode_ms = decode_start.elapsed().as_secs_f64() * 1e3;
         let per_second = |n: usize, ms: f64| if n == 0 { 0.0 } else { n as f64 / ms * 1e3 };
         Ok(Answer {
@@ -161,12 +162,12 @@ impl Engine {
         })
     }
 
-    /// Draws tokens until something ends the answer: (text, tokens, why it ended).
+    /// Goes on from the `first` token until something ends the answer: (text, tokens, why it ended).
     fn decode(
         &mut self,
         session: &mut Session,
         sampler: &mut Sampler,
-        logits: &mut [f32],
+        first: u32,
         max_new_tokens: usize,
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
@@ -181,8 +182,8 @@ impl Engine {
         // The decoder borrows the tokenizer while the runner works: they are different parts of the engine.
         let Self { runner, tokenizer, eos_token_ids, .. } = self;
         let mut decoder = StreamDecoder::new(tokenizer);
+        let mut id = first;
         let reason = loop {
-            let id = sampler.sample(logits)?;
             token_ids.push(id);
             if eos_token_ids.contains(&id) && !options.ignore_eos {
                 break FinishReason::Stop;
@@ -198,14 +199,10 @@ impl Engine {
             if token_ids.len() == max_new_tokens {
                 break FinishReason::Length;
             }
-            let past = session.cached.len();
-            let slots = [Slot::Token(id)];
-            let features = session.features.as_ref();
-            match runner.extend(&mut session.table, past, &slots, features, 0, |row| logits.copy_from_slice(row)) {
+            id = match advance(runner, session, &[Slot::Token(id)], sampler) {
                 Err(Error::Cancelled) => break FinishReason::Cancelled,
-                other => other?,
-            }
-            session.cached.extend(slots);
+                next => next?,
+            };
         };
         if !stops.stopped() {
             let (piece, stopped) = stops.push(&decoder.finish());
@@ -215,15 +212,6 @@ impl Engine {
             }
         }
         Ok((text, token_ids, reason))
-    }
-
-    /// Runs `slots` after what `session` has cached; `logits` are those of the last one.
-    fn advance(&mut self, session: &mut Session, slots: &[Slot], logits: &mut Vec<f32>) -> Result<()> {
-        let past = session.cached.len();
-        let Session { table, features, .. } = session;
-        self.runner.extend(table, past, slots, features.as_ref(), slots.len() - 1, |row| *logits = row.to_vec())?;
-        session.cached.extend_from_slice(slots);
-        Ok(())
     }
 
     /// The answer of a run that was cancelled before its first token.
@@ -236,4 +224,12 @@ impl Engine {
             timings: Timings { load_ms: self.load_ms, ..Timings::default() },
         }
     }
+}
+
+/// Runs `slots` after what `session` has cached; the token that follows.
+fn advance(runner: &mut Runner, session: &mut Session, slots: &[Slot], sampler: &mut Sampler) -> Result<u32> {
+    let Session { table, cached, features, .. } = session;
+    let next = runner.next_token(table, cached.len(), slots, features.as_ref(), sampler)?;
+    cached.extend_from_slice(slots);
+    Ok(next)
 }

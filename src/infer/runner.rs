@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::kv::{KvCache, PageTable};
+use super::sampler::Sampler;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::{Ctx, LlamaActs, Llava, Sequence, Slot, Stage};
@@ -79,6 +80,41 @@ impl Runner {
         first_output: usize,
         mut take: impl FnMut(&[f32]),
     ) -> Result<()> {
+        self.run(table, past, slots, features, first_output, |ops, logits| {
+            ops.download(logits)?.chunks_exact(logits.row_len()).for_each(&mut take);
+            Ok(())
+        })
+    }
+
+    /// Runs `slots` after the `past` cached tokens of the sequence in `table`, and draws the token that follows the last of them: all that
+    /// comes back from the device.
+    pub fn next_token(
+        &mut self,
+        table: &mut PageTable,
+        past: usize,
+        slots: &[Slot],
+        features: Option<&Tensor>,
+        sampler: &mut Sampler,
+    ) -> Result<u32> {
+        let mut id = None;
+        self.run(table, past, slots, features, slots.len().saturating_sub(1), |ops, logits| {
+            id = Some(sampler.sample(ops, logits)?);
+            Ok(())
+        })?;
+        id.ok_or_else(|| Error::usage("there are no tokens for a next one to follow"))
+    }
+
+    /// Runs `slots` after the `past` cached tokens of the sequence in `table`, and hands the logits of the rows from `first_output` on to
+    /// `take`, with the device that they are on: f32 `[rows, vocab]`, a few rows at a time.
+    fn run(
+        &mut self,
+        table: &mut PageTable,
+        past: usize,
+        slots: &[Slot],
+        features: Option<&Tensor>,
+        first_output: usize,
+        mut take: impl FnMut(&dyn Ops, &Tensor) -> Result<()>,
+    ) -> Result<()> {
         let Self { ops, model, acts, kv, cancel, observer } = self;
         let context_tokens = model.config().context_tokens;
         if past + slots.len() > context_tokens {
@@ -90,7 +126,8 @@ impl Runner {
             let mut ctx = Ctx { ops: &**ops, observer: observer.as_mut().map(|o| &mut **o as _), cancel: Some(cancel) };
             let sequence = Sequence { past: past + done, pages: table.pages() };
             let first_output = first_output.saturating_sub(done);
-            model.run(&mut ctx, acts, &mut kv.layers, sequence, chunk, features, first_output, &mut take)?;
+            let take = |logits: &Tensor| take(&**ops, logits);
+            model.run(&mut ctx, acts, &mut kv.layers, sequence, chunk, features, first_output, take)?;
             done += chunk.len();
         }
         Ok(())

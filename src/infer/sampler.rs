@@ -1,9 +1,12 @@
-//! From logits to the next token: greedy, or drawn after penalty, temperature, top-k, top-p and min-p.
+//! From logits to the next token: how it is chosen, and what is remembered from one token of an answer to the next.
 
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::{Rng, SeedableRng};
 
+use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::ops::{Draw, Ops};
+use crate::tensor::Tensor;
 
 /// How tokens are chosen.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,112 +51,64 @@ impl SamplingOptions {
     }
 }
 
-/// Chooses tokens; holds the state of the draws and which tokens have occurred.
+/// The state of one answer: its draws, and which tokens have occurred. The choice itself is the device's ([`Ops::sample`]).
 pub struct Sampler {
     options: SamplingOptions,
     rng: Pcg64,
-    /// Whether each token of the vocabulary has occurred in prompt or answer.
-    seen: Vec<bool>,
-    /// Tokens still in the draw, with their logits; kept to be re-used.
-    candidates: Vec<(u32, f32)>,
+    /// The token drawn last, i32 `[1]`, on the device.
+    ids: Tensor,
+    /// A bit for each token of the vocabulary that has occurred in prompt or answer, i32 `[1, ⌈vocab/32⌉]`, on the device.
+    seen: Tensor,
 }
 
 impl Sampler {
-    /// A sampler that starts at the seed of `options`.
-    pub fn new(options: SamplingOptions) -> Result<Self> {
+    /// A sampler on a device that starts at the seed of `options`, for a vocabulary of `vocab` tokens; those of the prompt have `occurred`.
+    ///
+    /// # Errors
+    /// If an option makes no sense.
+    pub fn new(options: SamplingOptions, ops: &dyn Ops, vocab: usize, occurred: impl IntoIterator<Item = u32>) -> Result<Self> {
         options.validate()?;
+        let mut seen = vec![0i32; vocab.div_ceil(32)];
+        for id in occurred {
+            // One outside of the vocabulary cannot occur again.
+            if let Some(word) = seen.get_mut(id as usize / 32) {
+                *word |= 1 << (id % 32);
+            }
+        }
         let rng = Pcg64::seed_from_u64(options.seed);
-        Ok(Self { options, rng, seen: Vec::new(), candidates: Vec::new() })
+        let seen = ops.upload(Tensor::from_slice(&[1, seen.len()], &seen))?;
+        Ok(Self { options, rng, ids: ops.alloc(&[1], DType::I32)?, seen })
     }
 
-    /// Counts tokens as having occurred.
-    pub fn observe(&mut self, ids: impl IntoIterator<Item = u32>) {
-        for id in ids {
-            let id = id as usize;
-            if id >= self.seen.len() {
-                self.seen.resize(id + 1, false);
-            }
-            self.seen[id] = true;
-        }
+    /// The next token for `logits` f32 `[1, vocab]`, which are on the device and stay there.
+    ///
+    /// # Errors
+    /// If there is a NaN among them.
+    pub fn sample(&mut self, ops: &dyn Ops, logits: &Tensor) -> Result<u32> {
+        let SamplingOptions { temperature, top_k, top_p, min_p, repetition_penalty, seed: _ } = self.options;
+        let draw = Draw { repetition_penalty, temperature, top_k, top_p, min_p, random: self.rng.next_u64() };
+        ops.sample(&mut self.ids, logits, &mut self.seen, &[draw])?;
+        u32::try_from(ops.download_i32(&self.ids)?[0])
+            .map_err(|_| Error::Unsupported("the model gave NaN for a logit: its weights or the chosen dtype do not work".into()))
     }
-
-    /// The next token for `logits` `[vocab]`, in the order of HF's `generate`: penalty, temperature, top-k, top-p, min-p, draw.
-    pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
-        if let Some(bad) = logits.iter().find(|l| l.is_nan()) {
-            return Err(Error::Unsupported(format!(
-                "the model gave {bad} for a logit: its weights or the chosen dtype do not work"
-            )));
-        }
-        self.candidates.clear();
-        self.candidates.extend((0u32..).zip(logits.iter().copied()));
-        let penalty = self.options.repetition_penalty;
-        if penalty != 1.0 {
-            for ((_, logit), _) in self.candidates.iter_mut().zip(&self.seen).filter(|(_, seen)| **seen) {
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
-            }
-        }
-        let id = if self.options.temperature == 0.0 { self.most_probable() } else { self.draw() };
-        self.observe([id]);
-        Ok(id)
-    }
-
-    /// The first of the largest logits, as the reference's argmax.
-    fn most_probable(&self) -> u32 {
-        let first = self.candidates[0];
-        self.candidates.iter().fold(first, |best, &c| if c.1 > best.1 { c } else { best }).0
-    }
-
-    fn draw(&mut self) -> u32 {
-        let SamplingOptions { temperature, top_k, top_p, min_p, .. } = self.options;
-        let candidates = &mut self.candidates;
-        let by_logit = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        if top_k > 0 && top_k < candidates.len() {
-            candidates.select_nth_unstable_by(top_k - 1, by_logit);
-            candidates.truncate(top_k);
-        }
-        candidates.sort_unstable_by(by_logit);
-        // p_i = exp((l_i − max) / T) / Σ, kept as weights relative to the most probable token
-        let max = candidates[0].1;
-        for c in candidates.iter_mut() {
-            c.1 = ((c.1 - max) / temperature).exp();
-        }
-        if top_p < 1.0 {
-            let enough = f64::from(top_p) * total(candidates);
-            let mut sum = 0.0;
-            let kept = candidates.iter().position(|c| {
-                sum += f64::from(c.1);
-                sum >= enough
-            });
-            candidates.truncate(kept.map_or(candidates.len(), |i| i + 1));
-        }
-        if min_p > 0.0 {
-            candidates.retain(|c| c.1 >= min_p); // the most probable one has weight 1
-        }
-        // 53 random bits make a uniform number in [0, 1).
-        let mut left = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total(candidates);
-        let chosen = candidates.iter().find(|c| {
-            left -= f64::from(c.1);
-            left < 0.0
-        });
-        chosen.unwrap_or(&candidates[0]).0
-    }
-}
-
-fn total(candidates: &[(u32, f32)]) -> f64 {
-    candidates.iter().map(|c| f64::from(c.1)).sum()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::Cpu;
+
+    /// `n` tokens drawn from the same logits, on the CPU, after `occurred`.
+    fn draws(options: SamplingOptions, occurred: &[u32], logits: &[f32], n: usize) -> Result<Vec<u32>> {
+        let cpu = Cpu::new(1, DType::F32)?;
+        let mut sampler = Sampler::new(options, &cpu, logits.len(), occurred.iter().copied())?;
+        let logits = Tensor::from_slice(&[1, logits.len()], logits);
+        (0..n).map(|_| sampler.sample(&cpu, &logits)).collect()
+    }
 
     fn counts(options: SamplingOptions, logits: &[f32], n: usize) -> Vec<usize> {
-        let mut sampler = Sampler::new(options).unwrap();
         let mut counts = vec![0; logits.len()];
-        for _ in 0..n {
-            sampler.seen.clear();
-            counts[sampler.sample(logits).unwrap() as usize] += 1;
-        }
+        draws(options, &[], logits, n).unwrap().into_iter().for_each(|id| counts[id as usize] += 1);
         counts
     }
 
@@ -161,8 +116,7 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_the_largest() {
-        let mut sampler = Sampler::new(SamplingOptions::greedy()).unwrap();
-        assert_eq!(sampler.sample(&[1.0, 3.0, 3.0, 2.0]).unwrap(), 1);
+        assert_eq!(draws(SamplingOptions::greedy(), &[], &[1.0, 3.0, 3.0, 2.0], 1).unwrap(), [1]);
     }
 
     #[test]
@@ -200,20 +154,13 @@ mod tests {
     #[test]
     fn the_penalty_makes_seen_tokens_less_likely_whatever_their_sign() {
         let options = SamplingOptions { repetition_penalty: 3.0, ..SamplingOptions::greedy() };
-        let mut sampler = Sampler::new(options.clone()).unwrap();
-        let picks: Vec<_> = (0..3).map(|_| sampler.sample(&[1.0, 2.0, 1.5]).unwrap()).collect();
-        assert_eq!(picks, [1, 2, 0]);
-        let mut sampler = Sampler::new(options).unwrap();
-        sampler.observe([0]);
-        assert_eq!(sampler.sample(&[-1.0, -2.0]).unwrap(), 1);
+        assert_eq!(draws(options.clone(), &[], &[1.0, 2.0, 1.5], 3).unwrap(), [1, 2, 0]);
+        assert_eq!(draws(options, &[0, 7], &[-1.0, -2.0], 1).unwrap(), [1]);
     }
 
     #[test]
     fn a_seed_gives_the_same_draws_and_another_does_not() {
-        let draws = |seed| {
-            let mut s = Sampler::new(SamplingOptions { temperature: 1.0, seed, ..Default::default() }).unwrap();
-            (0..32).map(|_| s.sample(&LOGITS).unwrap()).collect::<Vec<_>>()
-        };
+        let draws = |seed| draws(SamplingOptions { temperature: 1.0, seed, ..Default::default() }, &[], &LOGITS, 32).unwrap();
         assert_eq!(draws(7), draws(7));
         assert_ne!(draws(7), draws(8));
     }
@@ -227,13 +174,13 @@ mod tests {
             (SamplingOptions { min_p: 1.5, ..Default::default() }, "min-p 1.5"),
             (SamplingOptions { repetition_penalty: 0.0, ..Default::default() }, "repetition penalty 0"),
         ] {
-            assert!(Sampler::new(options).err().unwrap().to_string().contains(name));
+            assert!(draws(options, &[], &LOGITS, 1).unwrap_err().to_string().contains(name));
         }
     }
 
     #[test]
     fn a_model_that_fails_is_reported() {
-        let mut sampler = Sampler::new(SamplingOptions::greedy()).unwrap();
-        assert!(sampler.sample(&[0.0, f32::NAN]).is_err());
+        let error = draws(SamplingOptions::greedy(), &[], &[0.0, f32::NAN], 1).unwrap_err();
+        assert!(error.to_string().contains("NaN"), "{error}");
     }
 }

@@ -68,8 +68,9 @@ impl Llama {
         Ok(())
     }
 
-    /// Logits f32 `[outputs, vocab]` of the rows that the last [`Llama::forward`] was asked for, a few rows at a time.
-    pub fn logits(&self, ctx: &mut Ctx<'_>, acts: &mut LlamaActs, mut take: impl FnMut(&[f32])) -> Result<()> {
+    /// Hands the logits of the rows that the last [`Llama::forward`] was asked for to `take`, a few rows at a time: f32 `[rows, vocab]`,
+    /// on the device.
+    pub fn logits(&self, ctx: &mut Ctx<'_>, acts: &mut LlamaActs, mut take: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
         let LlamaActs { all, tail, logits, .. } = acts;
         self.norm.forward(ctx.ops, &mut tail.normed, &tail.x)?;
         for first in (0..tail.tokens()).step_by(HEAD_ROWS) {
@@ -79,7 +80,7 @@ impl Llama {
             logits.set_rows(n_rows);
             ctx.ops.copy_rows(&mut all.normed, &tail.normed, &[RowCopy { dst: 0, src: first, n_rows }])?;
             self.head.forward(ctx.ops, logits, &all.normed)?;
-            ctx.ops.download(logits)?.chunks_exact(self.head.weight.n()).for_each(&mut take);
+            take(logits)?;
         }
         Ok(())
     }

@@ -100,7 +100,7 @@ impl Llava {
     }
 
     /// Runs `slots`, which follow `past` cached tokens of a sequence in `pages`, and hands the logits of the rows from `first_output`
-    /// on to `take`, one row `[vocab]` at a time.
+    /// on to `take`, as [`Llama::logits`] does.
     #[allow(clippy::too_many_arguments)]
     pub fn run(
         &self,
@@ -111,7 +111,7 @@ impl Llava {
         slots: &[Slot],
         features: Option<&Tensor>,
         first_output: usize,
-        take: impl FnMut(&[f32]),
+        take: impl FnMut(&Tensor) -> Result<()>,
     ) -> Result<()> {
         self.embed(ctx, acts, slots, features)?;
         let spans = [Span { first_row: 0, n_rows: slots.len(), past: sequence.past, pages: sequence.pages }];

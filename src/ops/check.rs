@@ -1,6 +1,6 @@
 //! What every device refuses: operands whose shapes do not fit together. Dtypes are a device's own matter.
 
-use super::{Heads, KvLayer, KvSource, RopeTable, RowCopy, Span, Weight};
+use super::{Draw, Heads, KvLayer, KvSource, RopeTable, RowCopy, Span, Weight};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -113,6 +113,23 @@ pub fn copy_rows(dst: &Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()> {
         Some(copy) => Err(Error::shape("copy_rows", "rows", format!("within {} and {}", dst.rows(), src.rows()), copy)),
         None => Ok(()),
     }
+}
+
+/// Operands of [`Ops::sample`](super::Ops::sample), whose dtypes are the same on all devices; the size of the vocabulary.
+pub fn sample(ids: &Tensor, logits: &Tensor, seen: &Tensor, draws: &[Draw]) -> Result<usize> {
+    let [rows, vocab] = logits.dims2("sample", "logits")?;
+    if vocab == 0 || vocab > 1 << 30 {
+        return Err(Error::shape("sample", "vocabulary", "1 to 2^30 tokens", vocab));
+    }
+    ids.expect("sample", "ids", &[rows])?;
+    seen.expect("sample", "seen", &[rows, vocab.div_ceil(32)])?;
+    if draws.len() != rows {
+        return Err(Error::shape("sample", "number of draws", rows, draws.len()));
+    }
+    dtype("sample", "logits", logits, DType::F32)?;
+    dtype("sample", "ids", ids, DType::I32)?;
+    dtype("sample", "seen", seen, DType::I32)?;
+    Ok(vocab)
 }
 
 /// Refuses spans that leave the batch, or whose pages do not hold them.
