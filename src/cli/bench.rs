@@ -113,7 +113,7 @@ fn make_up(args: &Args, dtype: DType, options: &EngineOptions) -> Result<Opened>
     }
     let model = Llava::load(&*ops, &config, &Random::new(dtype), ops.weight_dtype())?;
     let records = records.ok_or_else(|| Error::usage("the device keeps no records"))?;
-    Ok((Runner::new(ops, model, dtype)?, records, dtype))
+    Ok((Runner::new(ops, model, dtype, 1)?, records, dtype))
 }
 
 /// Runs every phase `repeat` times, in turn. Where the processor does the work, the machine's peaks are probed right before and after each

@@ -65,6 +65,7 @@ impl ModelArgs {
             profile: profile.transpose()?,
             template: template.map(str::to_owned),
             context_tokens: self.context,
+            n_contexts: 1,
             profile_ops: self.profile,
             check_ops: self.check_ops,
         })
