@@ -5,12 +5,14 @@
 //! The trait is object-safe, so that decorators such as a profiler stand in front of any device.
 
 pub mod check;
+mod peaks;
 
 use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+pub use peaks::{ArithmeticPeak, Peaks};
 
 /// Rows of one sequence within a batch.
 #[derive(Clone, Copy, Debug)]
@@ -172,13 +174,16 @@ pub trait Ops: Send + Sync {
     /// The dtype that matrices and tables must be brought to; none if the device takes them as they are stored.
     fn weight_dtype(&self) -> Option<DType>;
 
+    /// What the device can do at best, measured now, with whatever else runs beside it. Takes up to a second.
+    fn measure_peaks(&self) -> Result<Peaks>;
+
     /// A zeroed buffer on the device.
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor>;
 
     /// Brings a host tensor to the device. On the CPU that is the tensor itself: mapped weights stay where they are.
     fn upload(&self, tensor: Tensor) -> Result<Tensor>;
 
-    /// The elements of a device tensor as f32.
+    /// The elements of a device tensor as f32, when all that was asked for before is done.
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>>;
 
     /// y\[:, c..c+n\] = epilogue(x·Wᵀ + bias), c = `w.first_col`

@@ -28,7 +28,7 @@ use crate::infer::runner::{Runner, StageObserver};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::{LlavaConfig, Profile};
 use crate::model::{Llava, Slot};
-use crate::ops::Ops;
+use crate::ops::{Ops, Peaks};
 use crate::profile::{OpRecord, Profiled, Records};
 use crate::tensor::Tensor;
 use crate::text::{Piece, Prompt, Style, Tokenizer};
@@ -174,6 +174,11 @@ impl Engine {
     /// Where the costs of ops are kept, if the engine was opened to time them.
     pub fn records(&self) -> Option<Arc<Records>> {
         self.records.clone()
+    }
+
+    /// What the device can do at best, measured now.
+    pub fn measure_peaks(&self) -> Result<Peaks> {
+        self.runner.ops().measure_peaks()
     }
 
     /// What it computes in.
