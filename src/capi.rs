@@ -142,6 +142,7 @@ impl OpenRequest {
             profile,
             template: self.template,
             context_tokens: self.context_tokens,
+            n_contexts: 1,
             profile_ops: false,
             check_ops: self.check_ops,
         })

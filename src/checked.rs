@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, RopeTable, RowCopy, Span, Weight};
+use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 /// A device that is checked against another, which computes in f32 on the host.
@@ -94,6 +94,10 @@ impl Ops for Checked {
 
     fn weight_dtype(&self) -> Option<DType> {
         self.device.weight_dtype()
+    }
+
+    fn measure_peaks(&self) -> Result<Peaks> {
+        self.device.measure_peaks()
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {

@@ -6,6 +6,7 @@
 
 pub mod check;
 pub mod packed;
+mod peaks;
 pub mod sample;
 
 pub use packed::Packed;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+pub use peaks::{ArithmeticPeak, Peaks};
 
 /// Rows of one sequence within a batch.
 #[derive(Clone, Copy, Debug)]
@@ -245,6 +247,9 @@ pub trait Ops: Send + Sync {
     /// The dtype that matrices and tables must be brought to; none if the device takes them as they are stored.
     fn weight_dtype(&self) -> Option<DType>;
 
+    /// What the device can do at best, measured now, with whatever else runs beside it. Takes up to a second.
+    fn measure_peaks(&self) -> Result<Peaks>;
+
     /// A zeroed buffer on the device.
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor>;
 
@@ -254,7 +259,7 @@ pub trait Ops: Send + Sync {
     /// A copy of a device tensor on the host, in its own dtype.
     fn to_host(&self, tensor: &Tensor) -> Result<Tensor>;
 
-    /// The elements of a device tensor as f32.
+    /// The elements of a device tensor as f32, when all that was asked for before is done.
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         Ok(self.to_host(tensor)?.to_f32())
     }

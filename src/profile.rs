@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Span, Weight};
+use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 /// What one op has cost, over all its calls.
@@ -18,8 +18,18 @@ pub struct OpRecord {
     pub ms: f64,
     /// Bytes that the op must move at least: each operand once.
     pub bytes: f64,
+    /// Those of them that are weights or cached keys and values: no processor keeps them from step to step, they come from memory.
+    pub stored_bytes: f64,
     /// Floating-point operations, a fused multiply-add counted as two.
     pub flops: f64,
+}
+
+/// What one call is, in the units of [`OpRecord`].
+#[derive(Clone, Copy, Default)]
+struct Work {
+    bytes: usize,
+    stored_bytes: usize,
+    flops: usize,
 }
 
 impl OpRecord {
@@ -39,14 +49,15 @@ impl OpRecord {
 pub struct Records(Mutex<BTreeMap<&'static str, OpRecord>>);
 
 impl Records {
-    fn add(&self, op: &'static str, seconds: f64, bytes: usize, flops: usize) {
+    fn add(&self, op: &'static str, seconds: f64, work: Work) {
         // Sums stay sums whatever panicked elsewhere.
         let mut records = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let record = records.entry(op).or_default();
         record.calls += 1;
         record.ms += seconds * 1e3;
-        record.bytes += bytes as f64;
-        record.flops += flops as f64;
+        record.bytes += work.bytes as f64;
+        record.stored_bytes += work.stored_bytes as f64;
+        record.flops += work.flops as f64;
     }
 
     /// The records so far, the costliest first.
@@ -75,10 +86,10 @@ impl Profiled {
         self.records.clone()
     }
 
-    fn timed(&self, op: &'static str, bytes: usize, flops: usize, run: impl FnOnce(&dyn Ops) -> Result<()>) -> Result<()> {
+    fn timed(&self, op: &'static str, work: Work, run: impl FnOnce(&dyn Ops) -> Result<()>) -> Result<()> {
         let start = Instant::now();
         let result = run(&*self.inner);
-        self.records.add(op, start.elapsed().as_secs_f64(), bytes, flops);
+        self.records.add(op, start.elapsed().as_secs_f64(), work);
         result
     }
 }
@@ -94,6 +105,10 @@ impl Ops for Profiled {
 
     fn weight_dtype(&self) -> Option<DType> {
         self.inner.weight_dtype()
+    }
+
+    fn measure_peaks(&self) -> Result<Peaks> {
+        self.inner.measure_peaks()
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
@@ -121,39 +136,49 @@ impl Ops for Profiled {
         let outputs = tokens * w.n() * y.dtype().size() * if epilogue == Epilogue::Add { 2 } else { 1 };
         // One row is bound by memory, many by arithmetic: two lines of the table.
         let op = if tokens == 1 { "linear (1 row)" } else { "linear" };
-        let (bytes, flops) = (w.bytes() + x.bytes() + outputs, 2 * tokens * w.n() * w.k());
-        self.timed(op, bytes, flops, |ops| ops.linear(y, x, w, bias, epilogue))
+        let stored_bytes = w.bytes();
+        let work = Work { bytes: stored_bytes + x.bytes() + outputs, stored_bytes, flops: 2 * tokens * w.n() * w.k() };
+        self.timed(op, work, |ops| ops.linear(y, x, w, bias, epilogue))
     }
 
     fn rms_norm(&self, y: &mut Tensor, x: &Tensor, w: &Tensor, eps: f32) -> Result<()> {
-        self.timed("rms_norm", 2 * x.bytes(), 4 * x.len(), |ops| ops.rms_norm(y, x, w, eps))
+        self.timed("rms_norm", Work { bytes: 2 * x.bytes(), flops: 4 * x.len(), ..Work::default() }, |ops| {
+            ops.rms_norm(y, x, w, eps)
+        })
     }
 
     fn layer_norm(&self, y: &mut Tensor, x: &Tensor, w: &Tensor, b: &Tensor, eps: f32) -> Result<()> {
-        self.timed("layer_norm", 2 * x.bytes(), 7 * x.len(), |ops| ops.layer_norm(y, x, w, b, eps))
+        self.timed("layer_norm", Work { bytes: 2 * x.bytes(), flops: 7 * x.len(), ..Work::default() }, |ops| {
+            ops.layer_norm(y, x, w, b, eps)
+        })
     }
 
     fn silu_mul(&self, y: &mut Tensor, gate_up: &Tensor) -> Result<()> {
-        self.timed("silu_mul", gate_up.bytes() + y.bytes(), 5 * y.len(), |ops| ops.silu_mul(y, gate_up))
+        self.timed("silu_mul", Work { bytes: gate_up.bytes() + y.bytes(), flops: 5 * y.len(), ..Work::default() }, |ops| {
+            ops.silu_mul(y, gate_up)
+        })
     }
 
     fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
         let read = ids.len() * table.row_len() * table.dtype().size();
-        self.timed("embed", read + y.bytes(), 0, |ops| ops.embed(y, table, ids))
+        self.timed("embed", Work { bytes: read + y.bytes(), stored_bytes: read, flops: 0 }, |ops| ops.embed(y, table, ids))
     }
 
     fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
-        self.timed("patchify", 2 * pixels.bytes(), 0, |ops| ops.patchify(y, pixels, patch_size))
+        self.timed("patchify", Work { bytes: 2 * pixels.bytes(), ..Work::default() }, |ops| ops.patchify(y, pixels, patch_size))
     }
 
     fn clip_embed(&self, y: &mut Tensor, patches: &Tensor, class: &Tensor, positions: &Tensor) -> Result<()> {
-        self.timed("clip_embed", 2 * patches.bytes(), patches.len(), |ops| ops.clip_embed(y, patches, class, positions))
+        self.timed("clip_embed", Work { bytes: 2 * patches.bytes(), flops: patches.len(), ..Work::default() }, |ops| {
+            ops.clip_embed(y, patches, class, positions)
+        })
     }
 
     fn rope_append(&self, qkv: &mut Tensor, kv: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) -> Result<()> {
         let stored = 2 * qkv.rows() * heads.kv_width() * kv.k.dtype().size();
         let flops = 3 * qkv.rows() * (heads.q_width() + heads.kv_width());
-        self.timed("rope_append", 2 * qkv.bytes() + stored, flops, |ops| ops.rope_append(qkv, kv, rope, spans, heads))
+        let work = Work { bytes: 2 * qkv.bytes() + stored, stored_bytes: stored, flops };
+        self.timed("rope_append", work, |ops| ops.rope_append(qkv, kv, rope, spans, heads))
     }
 
     fn attention(
@@ -175,20 +200,24 @@ impl Ops for Profiled {
             pairs += s.n_rows * (s.past + if causal { s.n_rows.div_ceil(2) } else { s.n_rows });
             context += s.past + s.n_rows;
         }
-        let bytes = 2 * context * heads.kv_width() * kv_size + 2 * out.bytes();
-        let op = match kv {
-            KvSource::Own => "attention (own)",
-            KvSource::Paged(_) => "attention (paged)",
+        let kv_bytes = 2 * context * heads.kv_width() * kv_size;
+        let (op, stored_bytes) = match kv {
+            KvSource::Own => ("attention (own)", 0),
+            KvSource::Paged(_) => ("attention (paged)", kv_bytes),
         };
-        self.timed(op, bytes, 4 * pairs * heads.q_width(), |ops| ops.attention(out, qkv, kv, spans, heads, causal))
+        let work = Work { bytes: kv_bytes + 2 * out.bytes(), stored_bytes, flops: 4 * pairs * heads.q_width() };
+        self.timed(op, work, |ops| ops.attention(out, qkv, kv, spans, heads, causal))
     }
 
     fn copy_rows(&self, dst: &mut Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()> {
         let rows: usize = copies.iter().map(|c| c.n_rows).sum();
-        self.timed("copy_rows", 2 * rows * src.row_len() * src.dtype().size(), 0, |ops| ops.copy_rows(dst, src, copies))
+        let bytes = 2 * rows * src.row_len() * src.dtype().size();
+        self.timed("copy_rows", Work { bytes, ..Work::default() }, |ops| ops.copy_rows(dst, src, copies))
     }
 
     fn sample(&self, ids: &mut Tensor, logits: &Tensor, seen: &mut Tensor, draws: &[Draw]) -> Result<()> {
-        self.timed("sample", logits.bytes() + seen.bytes(), 0, |ops| ops.sample(ids, logits, seen, draws))
+        self.timed("sample", Work { bytes: logits.bytes() + seen.bytes(), ..Work::default() }, |ops| {
+            ops.sample(ids, logits, seen, draws)
+        })
     }
 }

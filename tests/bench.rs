@@ -6,42 +6,73 @@ use std::process::Command;
 
 use support::fixture;
 
-#[test]
-fn the_document_is_as_the_contract_says() {
+/// A token's keys and values in that checkpoint: 2 of 32 f32 in each of 2 layers.
+const KV_BYTES: usize = 2 * 2 * 32 * 4;
+/// A token's row of its embedding table.
+const EMBEDDING_BYTES: usize = 32 * 4;
+
+/// `bench` of a tiny checkpoint in f32, with a prompt of 40 tokens and answers of 5: what it prints.
+fn bench(flags: &[&str]) -> Vec<u8> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_llava-engine"));
     command.env_clear().env("HOME", "/nowhere").env("HF_HUB_OFFLINE", "1");
-    command.args([
-        "bench",
-        "--json",
-        "--prompt-tokens",
-        "40",
-        "--new-tokens",
-        "5",
-        "--repeat",
-        "3",
-        "--threads",
-        "1",
-        "--device",
-        "cpu",
-    ]);
+    command.args(["bench", "--prompt-tokens", "40", "--new-tokens", "5", "--threads", "1"]).args(flags);
     let output = command.arg("--model").arg(fixture("checkpoints/hf_mha_f32")).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    output.stdout
+}
+
+fn document(flags: &[&str]) -> serde_json::Value {
+    serde_json::from_slice(&bench(&[&["--json"], flags].concat())).unwrap()
+}
+
+#[test]
+fn the_document_is_as_the_contract_says() {
+    let document = document(&["--repeat", "3", "--device", "cpu", "--batch-size", "1,3"]);
     let peaks = &document["machine"];
     assert!(peaks["read_gbps"].as_f64().unwrap() > 0.1 && peaks["peaks"]["f32_gflops"].as_f64().unwrap() > 0.1);
     assert!(cfg!(not(target_os = "linux")) || document["peak_memory_bytes"].as_u64().unwrap() > 1 << 20);
     let rows = document["rows"].as_array().unwrap();
     let of = |key: &str| rows.iter().map(|r| r[key].clone()).collect::<Vec<_>>();
-    assert_eq!(of("phase"), ["encode", "prefill", "decode"]);
-    assert_eq!(of("context"), [0, 40, 44]);
-    assert_eq!((of("tokens")[1].clone(), of("tokens")[2].clone()), (40.into(), 4.into()));
+    assert_eq!(of("phase"), ["encode", "prefill", "decode", "decode"]);
+    assert_eq!(of("batch_size"), [1, 1, 1, 3]);
+    assert_eq!(of("context"), [0, 40, 44, 44]);
+    assert_eq!(of("tokens")[1..], [40, 4, 12]);
     for row in rows {
         let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"));
         assert!(number("ms_min") <= number("ms_median") && number("ms_median") <= number("ms_max"));
         assert!((number("tokens_per_second") * number("ms_median") / 1e3 / number("tokens") - 1.0).abs() < 1e-6);
         assert!(number("gbps") > 0.0 && number("tflops") > 0.0);
         assert!((0.0..110.0).contains(&number("percent_of_limit")), "{row}");
+        assert!(number("limit_ms") > 0.0 && number("stored_bytes") > 0.0 && number("flops") > 0.0);
     }
+    // Three sequences read the weights once, but each its own embedding row and cache, to which it adds a token.
+    let stored = |row: usize| rows[row]["stored_bytes"].as_f64().unwrap();
+    let of_a_sequence: usize = (41..=44).map(|context| KV_BYTES * (context + 1) + EMBEDDING_BYTES).sum();
+    assert_eq!(stored(3) - stored(2), 2.0 * of_a_sequence as f64);
+    assert_eq!(rows[3]["flops"].as_f64().unwrap(), 3.0 * rows[2]["flops"].as_f64().unwrap());
+    let first_token = document["time_to_first_token"]["ms_min"].as_f64().unwrap();
+    assert!(first_token >= rows[0]["ms_min"].as_f64().unwrap() + rows[1]["ms_min"].as_f64().unwrap() - 1e-6);
+}
+
+/// The same lines on the CUDA kernels, whose peaks are probed by kernels too.
+#[cfg(llava_sim)]
+#[test]
+fn the_simulator_has_peaks_and_is_named() {
+    let document = document(&["--repeat", "1", "--device", "sim", "--batch-size", "2"]);
+    assert_eq!(document["machine"]["simulated"], true);
+    let probes = document["machine"]["peaks"]["probes"].as_array().unwrap();
+    assert!(probes.iter().any(|p| p["how"].as_str().unwrap().contains("our own GEMM")), "{document}");
+    for row in document["rows"].as_array().unwrap() {
+        assert!(row["percent_of_limit"].as_f64().unwrap() > 0.0, "{row}");
+    }
+}
+
+#[test]
+fn the_table_has_a_row_for_each_batch_size() {
+    let table = String::from_utf8(bench(&["--repeat", "1", "--device", "cpu", "--batch-size", "2,1"])).unwrap();
+    let decodes: Vec<_> = table.lines().filter(|l| l.starts_with("| decode")).collect();
+    assert!(decodes.len() == 2 && decodes[0].starts_with("| decode | 2 | 8 | 44 |"), "{table}");
+    assert!(table.contains("time to first token") && table.contains("GB/s read") && !table.contains("simulated"), "{table}");
 }
 
 #[test]
@@ -51,6 +82,9 @@ fn shapes_and_sizes_that_make_no_sense_are_refused() {
         (&["--new-tokens", "1"], "at least 2"),
         (&["--weights", "int3"], "int3"),
         (&["--repeat", "0"], "at least 1"),
+        (&["--batch-size", "1,0"], "from 1 to"),
+        (&["--batch-size", "1,100000"], "from 1 to"),
+        (&["--batch-size", "many"], "many"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_llava-engine")).arg("bench").args(flags).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();

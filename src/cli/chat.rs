@@ -95,7 +95,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             }
         }
     }
-    args.model.report_ops(&engine);
+    args.model.report_ops(&engine)?;
     Ok(Outcome::Done)
 }
 

@@ -12,6 +12,7 @@ use llava_engine::error::{Error, Result};
 use llava_engine::image::{ImageSource, Limits, RgbImage};
 use llava_engine::infer::sampler::SamplingOptions;
 use llava_engine::model::config::Profile;
+use llava_engine::ops::{ArithmeticPeak, Peaks};
 
 /// Which model, where, and in what numbers.
 #[derive(clap::Args)]
@@ -65,6 +66,7 @@ impl ModelArgs {
             profile: profile.transpose()?,
             template: template.map(str::to_owned),
             context_tokens: self.context,
+            n_contexts: 1,
             profile_ops: self.profile,
             check_ops: self.check_ops,
         })
@@ -85,17 +87,36 @@ impl ModelArgs {
     }
 
     /// Prints the table of ops, if it was asked for.
-    pub fn report_ops(&self, engine: &Engine) {
-        let Some(records) = engine.op_records() else { return };
-        let peaks = llava_engine::cpu::Peaks::measure(self.threads);
+    pub fn report_ops(&self, engine: &Engine) -> Result<()> {
+        let Some(records) = engine.op_records() else { return Ok(()) };
+        let peaks = engine.measure_peaks()?;
+        let gflops = peaks.limit_gflops(engine.compute_dtype()).unwrap_or(f64::NAN);
         eprintln!("\n{:<18} {:>8} {:>10} {:>8} {:>10} {:>8}", "op", "calls", "ms", "GB/s", "GFLOP/s", "% peak");
         for (op, record) in records {
-            let percent = 100.0 * (record.gbps() / peaks.read_gbps).max(record.gflops() / peaks.gflops);
+            let percent = 100.0 * (record.gbps() / peaks.read_gbps).max(record.gflops() / gflops);
             let (calls, ms) = (record.calls, record.ms);
             eprintln!("{op:<18} {calls:>8} {ms:>10.2} {:>8.2} {:>10.1} {percent:>8.1}", record.gbps(), record.gflops());
         }
-        eprintln!("measured peaks: {:.1} GB/s read, {:.1} GFLOP/s f32, on {}", peaks.read_gbps, peaks.gflops, engine.device_name());
+        eprintln!("measured peaks of {}: {}", engine.device_name(), peaks_text(&peaks));
+        Ok(())
     }
+}
+
+/// Peaks as they stand in JSON documents: the best rate by dtype, null where it was not probed, and every probe by itself.
+pub fn peaks_json(peaks: &Peaks) -> serde_json::Value {
+    let probe = |p: &ArithmeticPeak| serde_json::json!({"dtype": p.dtype.to_string(), "how": p.how, "gflops": p.gflops});
+    serde_json::json!({
+        "f32_gflops": peaks.gflops(DType::F32),
+        "bf16_gflops": peaks.gflops(DType::Bf16),
+        "f16_gflops": peaks.gflops(DType::F16),
+        "probes": peaks.arithmetic.iter().map(probe).collect::<Vec<_>>(),
+    })
+}
+
+/// Peaks in a line.
+pub fn peaks_text(peaks: &Peaks) -> String {
+    let probe = |p: &ArithmeticPeak| format!(", {:.1} GFLOP/s {} ({})", p.gflops, p.dtype, p.how);
+    format!("{:.1} GB/s read", peaks.read_gbps) + &peaks.arithmetic.iter().map(probe).collect::<String>()
 }
 
 /// How answers are made.

@@ -79,6 +79,6 @@ pub fn run(args: &Args) -> Result<Outcome> {
     } else {
         common::put("\n")?;
     }
-    args.model.report_ops(&engine);
+    args.model.report_ops(&engine)?;
     Ok(if answer.finish_reason == FinishReason::Cancelled { Outcome::Interrupted } else { Outcome::Done })
 }

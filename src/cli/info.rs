@@ -1,6 +1,6 @@
 //! `info`: this binary and this machine.
 
-use llava_engine::cpu::{Cpu, Peaks};
+use llava_engine::cpu::Cpu;
 use llava_engine::cuda::Cuda;
 use llava_engine::dtype::DType;
 use llava_engine::error::Result;
@@ -28,7 +28,7 @@ pub struct Args {
 /// Informs.
 pub fn run(args: &Args) -> Result<Outcome> {
     let cpu = Cpu::new(args.threads, DType::Bf16)?;
-    let peaks = args.measure.then(|| Peaks::measure(args.threads));
+    let peaks = args.measure.then(|| cpu.measure_peaks()).transpose()?;
     let gpu = Cuda::open(0, DType::F16).map(|cuda| cuda.name());
     let hub = cfg!(feature = "hub");
     if args.json {
@@ -41,8 +41,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
             "hub": hub,
             "device": cpu.name(),
             "threads": cpu.n_threads(),
-            "read_gbps": peaks.map(|p| p.read_gbps),
-            "peaks": peaks.map(|p| serde_json::json!({"f32_gflops": p.gflops, "bf16_gflops": p.bf16_gflops})),
+            "read_gbps": peaks.as_ref().map(|p| p.read_gbps),
+            "peaks": peaks.as_ref().map(common::peaks_json),
         }))?;
         return Ok(Outcome::Done);
     }
@@ -61,8 +61,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     );
     out += &format!("hub         {}\n", if hub { "models are downloaded when named by id" } else { "not in this build" });
     if let Some(peaks) = peaks {
-        out += &format!("memory      {:.1} GB/s read\narithmetic  {:.1} GFLOP/s f32", peaks.read_gbps, peaks.gflops);
-        out += &peaks.bf16_gflops.map_or("\n".to_owned(), |g| format!(", {g:.1} GFLOP/s bf16\n"));
+        out += &format!("measured    {}\n", common::peaks_text(&peaks));
     }
     common::put(&out)?;
     Ok(Outcome::Done)

@@ -63,7 +63,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         let perplexity = if text_tokens == 0 { "none".to_owned() } else { format!("{perplexity:.4}") };
         common::put(&format!("sum {sum:.4}, perplexity {perplexity} over {text_tokens} tokens of text\n"))?;
     }
-    args.model.report_ops(&engine);
+    args.model.report_ops(&engine)?;
     Ok(Outcome::Done)
 }
 

@@ -31,10 +31,15 @@ mod reference;
 
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Run, Span, Weight, check};
+use crate::ops::{
+    ArithmeticPeak, Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Run, Span, Weight, check,
+};
 use crate::tensor::Tensor;
 use pool::Pool;
 use simd::Isa;
+
+/// What the probe of memory reads: far more than caches hold.
+const PROBE_BYTES: usize = 1 << 30;
 
 /// The processor, as a device.
 pub struct Cpu {
@@ -73,6 +78,15 @@ impl Ops for Cpu {
 
     fn weight_dtype(&self) -> Option<DType> {
         None
+    }
+
+    /// Of the machine, whatever instruction set the ops were told to use.
+    fn measure_peaks(&self) -> Result<Peaks> {
+        let isa = Isa::detect();
+        let peak = |dtype, how: &str, gflops| ArithmeticPeak { dtype, how: how.to_owned(), gflops };
+        let fma = peak(DType::F32, "fused multiply-adds on registers", probe::fma_gflops(isa, &self.pool));
+        let dot = probe::dpbf16_gflops(isa, &self.pool).map(|gflops| peak(DType::Bf16, "dot products on registers", gflops));
+        Ok(Peaks { read_gbps: probe::read_gbps(&self.pool, PROBE_BYTES), arithmetic: [fma].into_iter().chain(dot).collect() })
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
@@ -192,38 +206,5 @@ impl Ops for Cpu {
         check::sample(ids, logits, seen, draws)?;
         sample::sample(ids.as_mut_slice(), logits, seen, draws);
         Ok(())
-    }
-}
-
-/// What this machine can do, measured.
-#[derive(Clone, Copy, Debug)]
-pub struct Peaks {
-    /// Memory read by all threads at once, in GB/s.
-    pub read_gbps: f64,
-    /// f32 fused multiply-adds on registers by all threads, in GFLOP/s.
-    pub gflops: f64,
-    /// bf16 dot products on registers by all threads, in GFLOP/s, where the processor has them.
-    pub bf16_gflops: Option<f64>,
-}
-
-impl Peaks {
-    /// Between two measurements.
-    pub fn mean(self, other: Self) -> Self {
-        Self {
-            read_gbps: (self.read_gbps + other.read_gbps) / 2.0,
-            gflops: (self.gflops + other.gflops) / 2.0,
-            bf16_gflops: self.bf16_gflops.zip(other.bf16_gflops).map(|(a, b)| (a + b) / 2.0),
-        }
-    }
-
-    /// Measures with `n_threads` threads (0: as many as the machine runs at once). Takes about a second.
-    pub fn measure(n_threads: usize) -> Self {
-        let pool = Pool::new(if n_threads == 0 { std::thread::available_parallelism().map_or(1, |n| n.get()) } else { n_threads });
-        let isa = Isa::detect();
-        Self {
-            read_gbps: probe::read_gbps(&pool, 1 << 30),
-            gflops: probe::fma_gflops(isa, &pool),
-            bf16_gflops: probe::dpbf16_gflops(isa, &pool),
-        }
     }
 }

@@ -42,6 +42,15 @@ struct Tile {
     clocks_per_part: usize,
 }
 
+/// Who may make products of many tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Maker {
+    /// A library if there is one that can, else our own kernels.
+    Any,
+    /// Our own kernels.
+    Kernels,
+}
+
 /// Parts of a weight that one launch takes.
 const MAX_PARTS: usize = 3;
 
@@ -174,6 +183,19 @@ impl Product {
 impl Cuda {
     /// [`Ops::linear`](crate::ops::Ops::linear)
     pub(super) fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
+        self.linear_by(Maker::Any, y, x, w, bias, epilogue)
+    }
+
+    /// As [`Cuda::linear`], by `maker`.
+    pub(super) fn linear_by(
+        &self,
+        maker: Maker,
+        y: &mut Tensor,
+        x: &Tensor,
+        w: &Weight,
+        bias: Option<&Tensor>,
+        epilogue: Epilogue,
+    ) -> Result<()> {
         const OP: &str = "linear";
         check::linear(y, x, w, bias)?;
         check::dtype(OP, "x", x, self.dtype)?;
@@ -234,7 +256,7 @@ impl Cuda {
             unsafe {
                 if tokens <= GEMV_MAX_TOKENS {
                     self.gemv(&product)?;
-                } else if !self.by_library(&product, y.dtype(), y_stride, epilogue)? {
+                } else if maker == Maker::Kernels || !self.by_library(&product, y.dtype(), y_stride, epilogue)? {
                     let tiles = if self.dtype == DType::F32 { &F32_TILES } else { &HALF_TILES };
                     let (tile, splits) = plan(tiles, product.size, self.driver.n_multiprocessors());
                     self.gemm(&product, tile, splits)?;
@@ -276,6 +298,12 @@ impl Cuda {
             unsafe { self.queue.push(launch) };
         }
         Ok(true)
+    }
+
+    /// Whether a library makes plain products of `[n, n]` by `[n, n]` in this device's dtype.
+    pub(super) fn has_library(&self, n: usize) -> Result<bool> {
+        let matmul = Matmul { dtype: self.dtype, y_dtype: self.dtype, tokens: n, n, k: n, y_stride: n, add: false };
+        Ok(self.dtype != DType::F32 && self.library_function(matmul)?.is_some())
     }
 
     fn library_function(&self, matmul: Matmul) -> Result<Option<Function>> {

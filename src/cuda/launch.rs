@@ -38,6 +38,7 @@ kernels! {
     Gemm "gemm"
     GemmSmall "gemm_small"
     Gemv "gemv"
+    ProbeRead "probe_read_f32"
 }
 
 /// The kernels of one dtype, found once.

@@ -10,6 +10,7 @@ mod launch;
 mod memory;
 mod norm;
 mod ops;
+mod probe;
 mod queue;
 mod rows;
 mod sample;

@@ -3,7 +3,7 @@
 use super::Cuda;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, RopeTable, RowCopy, Span, Weight, check};
+use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Span, Weight, check};
 use crate::tensor::Tensor;
 
 impl Ops for Cuda {
@@ -17,6 +17,10 @@ impl Ops for Cuda {
 
     fn weight_dtype(&self) -> Option<DType> {
         Some(self.dtype)
+    }
+
+    fn measure_peaks(&self) -> Result<Peaks> {
+        self.peaks()
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {

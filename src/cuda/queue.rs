@@ -147,6 +147,16 @@ impl Queue {
         unsafe { self.driver.replay(graph) }
     }
 
+    /// Makes all launches that are queued, one by one, and waits for them. Returns the milliseconds that they took on the device.
+    pub fn flush_timed(&self) -> Result<f64> {
+        let mut state = self.lock();
+        assert_eq!(state.n_expected, 0, "flushed while a launch has its table and is not queued");
+        let launches = std::mem::take(&mut state.pending);
+        state.n_used = 0;
+        // SAFETY: whoever queued them vouches for the arguments.
+        unsafe { self.driver.time(&launches) }
+    }
+
     fn launch_all(&self, launches: &[Launch]) -> Result<()> {
         // SAFETY: whoever queued them vouches for the arguments.
         launches.iter().try_for_each(|launch| unsafe { self.driver.launch(launch) })

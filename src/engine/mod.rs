@@ -28,7 +28,7 @@ use crate::infer::runner::{Runner, StageObserver};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::{LlavaConfig, Profile};
 use crate::model::{Llava, Slot};
-use crate::ops::Ops;
+use crate::ops::{Ops, Peaks};
 use crate::profile::{OpRecord, Profiled, Records};
 use crate::tensor::Tensor;
 use crate::text::{Piece, Prompt, Style, Tokenizer};
@@ -50,6 +50,8 @@ pub struct EngineOptions {
     pub template: Option<String>,
     /// Longest prompt and answer together, in tokens; `None` takes the model's own.
     pub context_tokens: Option<usize>,
+    /// Contexts that the KV cache has room for, for [`Engine::into_runner`]; 0 for one.
+    pub n_contexts: usize,
     /// Whether every op is timed, for [`Engine::op_records`].
     pub profile_ops: bool,
     /// Whether every op is done again by the CPU in f32, and the first that differs is an error; for debugging, and slow.
@@ -112,7 +114,7 @@ impl Engine {
         let mut eos_token_ids = checkpoint.config.eos_token_ids.clone();
         eos_token_ids.extend(tokenizer.eos().filter(|id| !checkpoint.config.eos_token_ids.contains(id)));
         Ok(Self {
-            runner: Runner::new(ops, model, compute)?,
+            runner: Runner::new(ops, model, compute, options.n_contexts.max(1))?,
             tokenizer,
             style: match profile {
                 Profile::Hf => Style::Hf,
@@ -172,6 +174,11 @@ impl Engine {
     /// Where the costs of ops are kept, if the engine was opened to time them.
     pub fn records(&self) -> Option<Arc<Records>> {
         self.records.clone()
+    }
+
+    /// What the device can do at best, measured now.
+    pub fn measure_peaks(&self) -> Result<Peaks> {
+        self.runner.ops().measure_peaks()
     }
 
     /// What it computes in.

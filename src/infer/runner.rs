@@ -1,14 +1,14 @@
-//! A model on a device with its cache: runs prompts in chunks and answers token by token.
+//! A model on a device with its cache: runs prompts in chunks and answers token by token, of one sequence or of many together.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::kv::{KvCache, PageTable};
+use super::kv::{KvCache, PAGE_TOKENS, PageTable};
 use super::sampler::Sampler;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::model::{Ctx, LlamaActs, Llava, Sequence, Slot, Stage};
-use crate::ops::Ops;
+use crate::model::{Ctx, LlamaActs, Llava, Slot, Stage};
+use crate::ops::{Ops, Span};
 use crate::tensor::Tensor;
 
 /// Tokens of a prompt that run at once. Each weight is read once per chunk, so that a chunk must be long against what compute and
@@ -17,6 +17,16 @@ const CHUNK_TOKENS: usize = 1024;
 
 /// Called at every stage of a forward pass.
 pub type StageObserver = Box<dyn FnMut(Stage, &Tensor) + Send>;
+
+/// The next token of a sequence.
+pub struct Step<'a> {
+    /// Where the sequence is cached.
+    pub table: &'a mut PageTable,
+    /// Tokens of it that are.
+    pub past: usize,
+    /// The token that follows them.
+    pub token: u32,
+}
 
 /// A model, its device, its buffers and its KV cache.
 pub struct Runner {
@@ -29,11 +39,14 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// A runner whose cache holds one context; `kv_dtype` is what keys and values are kept in.
-    pub fn new(ops: Box<dyn Ops>, model: Llava, kv_dtype: DType) -> Result<Self> {
+    /// A runner whose cache holds `n_contexts` whole contexts; `kv_dtype` is what keys and values are kept in.
+    pub fn new(ops: Box<dyn Ops>, model: Llava, kv_dtype: DType, n_contexts: usize) -> Result<Self> {
         let config = model.config();
-        let acts = LlamaActs::plan(&*ops, &config.text, CHUNK_TOKENS.min(config.context_tokens))?;
-        let kv = KvCache::new(&*ops, config.text.n_layers, config.text.heads(), config.context_tokens, kv_dtype)?;
+        let acts = LlamaActs::plan(&*ops, &config.text, CHUNK_TOKENS.min(config.context_tokens).max(n_contexts))?;
+        // Sequences share no page, so that each rounds up for itself.
+        let tokens = config.context_tokens.next_multiple_of(PAGE_TOKENS).checked_mul(n_contexts);
+        let tokens = tokens.ok_or_else(|| Error::usage(format!("{n_contexts} contexts at once are more than any memory holds")))?;
+        let kv = KvCache::new(&*ops, config.text.n_layers, config.text.heads(), tokens, kv_dtype)?;
         Ok(Self { ops, model, acts, kv, cancel: Arc::default(), observer: None })
     }
 
@@ -115,21 +128,54 @@ impl Runner {
         first_output: usize,
         mut take: impl FnMut(&dyn Ops, &Tensor) -> Result<()>,
     ) -> Result<()> {
+        self.reserve(table, past + slots.len())?;
         let Self { ops, model, acts, kv, cancel, observer } = self;
-        let context_tokens = model.config().context_tokens;
-        if past + slots.len() > context_tokens {
-            return Err(Error::Unsupported(format!("{} tokens do not fit a context of {context_tokens}", past + slots.len())));
-        }
-        table.reserve(past + slots.len())?;
         let mut done = 0;
         for chunk in slots.chunks(acts.max_tokens()) {
             let mut ctx = Ctx { ops: &**ops, observer: observer.as_mut().map(|o| &mut **o as _), cancel: Some(cancel) };
-            let sequence = Sequence { past: past + done, pages: table.pages() };
+            let span = Span { first_row: 0, n_rows: chunk.len(), past: past + done, pages: table.pages() };
             let first_output = first_output.saturating_sub(done);
             let take = |logits: &Tensor| take(&**ops, logits);
-            model.run(&mut ctx, acts, &mut kv.layers, sequence, chunk, features, first_output, take)?;
+            model.run(&mut ctx, acts, &mut kv.layers, &[span], chunk, features, first_output, take)?;
             done += chunk.len();
         }
         Ok(())
+    }
+
+    /// Runs one more token of each sequence of `batch`, all in one pass, which reads each weight once; hands their logits `[vocab]` to
+    /// `take` in the same order.
+    ///
+    /// # Errors
+    /// If a sequence is at the end of its context, or the cache or the buffers have no room for so many.
+    pub fn step(&mut self, batch: &mut [Step<'_>], mut take: impl FnMut(&[f32])) -> Result<()> {
+        if batch.len() > self.acts.max_tokens() {
+            let most = self.acts.max_tokens();
+            return Err(Error::Unsupported(format!("{} sequences cannot run at once: at most {most} can", batch.len())));
+        }
+        for step in &mut *batch {
+            self.reserve(step.table, step.past + 1)?;
+        }
+        let Self { ops, model, acts, kv, cancel, observer } = self;
+        let slots: Vec<_> = batch.iter().map(|step| Slot::Token(step.token)).collect();
+        let spans: Vec<_> = batch
+            .iter()
+            .enumerate()
+            .map(|(first_row, step)| Span { first_row, n_rows: 1, past: step.past, pages: step.table.pages() })
+            .collect();
+        let mut ctx = Ctx { ops: &**ops, observer: observer.as_mut().map(|o| &mut **o as _), cancel: Some(cancel) };
+        let take = |logits: &Tensor| {
+            ops.download(logits)?.chunks_exact(logits.row_len()).for_each(&mut take);
+            Ok(())
+        };
+        model.run(&mut ctx, acts, &mut kv.layers, &spans, &slots, None, 0, take)
+    }
+
+    /// Makes room for a sequence of `tokens` tokens.
+    fn reserve(&self, table: &mut PageTable, tokens: usize) -> Result<()> {
+        let context_tokens = self.model.config().context_tokens;
+        if tokens > context_tokens {
+            return Err(Error::Unsupported(format!("{tokens} tokens do not fit a context of {context_tokens}")));
+        }
+        table.reserve(tokens)
     }
 }

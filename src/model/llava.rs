@@ -99,35 +99,25 @@ impl Llava {
         Ok(())
     }
 
-    /// Runs `slots`, which follow `past` cached tokens of a sequence in `pages`, and hands the logits of the rows from `first_output`
-    /// on to `take`, as [`Llama::logits`] does.
+    /// Runs a batch: `slots` of all sequences one after the other, `spans` says which are whose and what of each is cached. Hands the
+    /// logits of the rows from `first_output` on to `take`, as [`Llama::logits`] does.
     #[allow(clippy::too_many_arguments)]
     pub fn run(
         &self,
         ctx: &mut Ctx<'_>,
         acts: &mut LlamaActs,
         kv: &mut [KvLayer],
-        sequence: Sequence<'_>,
+        spans: &[Span<'_>],
         slots: &[Slot],
         features: Option<&Tensor>,
         first_output: usize,
         take: impl FnMut(&Tensor) -> Result<()>,
     ) -> Result<()> {
         self.embed(ctx, acts, slots, features)?;
-        let spans = [Span { first_row: 0, n_rows: slots.len(), past: sequence.past, pages: sequence.pages }];
         let outputs = RowCopy { dst: 0, src: first_output.min(slots.len()), n_rows: slots.len().saturating_sub(first_output) };
-        self.llama.forward(ctx, acts, kv, &spans, &[outputs])?;
+        self.llama.forward(ctx, acts, kv, spans, &[outputs])?;
         if outputs.n_rows > 0 { self.llama.logits(ctx, acts, take) } else { Ok(()) }
     }
-}
-
-/// The cached part of a sequence.
-#[derive(Clone, Copy, Debug)]
-pub struct Sequence<'a> {
-    /// Tokens in the cache.
-    pub past: usize,
-    /// Pages that hold them and what follows.
-    pub pages: &'a [u32],
 }
 
 /// Runs of slots that lie together both in the sequence and in their source: (text rows, image rows).

@@ -17,5 +17,5 @@ mod stage;
 
 pub use acts::LlamaActs;
 pub use llama::Llama;
-pub use llava::{Llava, Sequence, Slot};
+pub use llava::{Llava, Slot};
 pub use stage::{Ctx, Observer, Stage};

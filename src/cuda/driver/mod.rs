@@ -142,6 +142,15 @@ impl PackedArgs {
     }
 }
 
+/// How much work the probes of a device's peaks are given.
+#[derive(Clone, Copy, Debug)]
+pub struct ProbeSize {
+    /// Bytes to read.
+    pub read_bytes: usize,
+    /// Rows and columns of the matrices to multiply.
+    pub product: usize,
+}
+
 /// A GPU, or the simulator. Work is done in the order of the calls.
 pub trait Driver: Send + Sync {
     /// What it is, for `info` and reports.
@@ -149,6 +158,9 @@ pub trait Driver: Send + Sync {
 
     /// Streaming multiprocessors: how many blocks it takes to fill the device.
     fn n_multiprocessors(&self) -> usize;
+
+    /// What it takes to reach its peaks: milliseconds of work, and more bytes than its caches hold.
+    fn probe_size(&self) -> ProbeSize;
 
     /// The kernel of this name.
     ///
@@ -211,4 +223,14 @@ pub trait Driver: Send + Sync {
     /// The arguments are what the kernel's contract asks for: right in number and type, pointers to memory of the sizes that the other arguments
     /// imply, which no other work in flight uses in conflict.
     unsafe fn launch(&self, launch: &Launch) -> Result<()>;
+
+    /// Makes launches one after the other and waits for them. Returns the milliseconds from the beginning of the first to the end of the
+    /// last, by the device's own clock if it has one.
+    ///
+    /// # Errors
+    /// As [`Driver::launch`].
+    ///
+    /// # Safety
+    /// That of [`Driver::launch`] for each.
+    unsafe fn time(&self, launches: &[Launch]) -> Result<f64>;
 }

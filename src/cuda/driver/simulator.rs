@@ -6,11 +6,12 @@
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_char, c_long, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use corosensei::stack::{DefaultStack, Stack};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
-use super::{Arg, DevicePtr, Driver, Function, GraphId, Grid, Launch, Matmul, PackedArgs};
+use super::{Arg, DevicePtr, Driver, Function, GraphId, Grid, Launch, Matmul, PackedArgs, ProbeSize};
 use crate::cpu::pool::Pool;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -168,6 +169,11 @@ impl Driver for Simulator {
         MULTIPROCESSORS
     }
 
+    /// The host's rates mean nothing for a GPU: as much as it takes to run every line.
+    fn probe_size(&self) -> ProbeSize {
+        ProbeSize { read_bytes: 256 << 10, product: 128 }
+    }
+
     fn function(&self, name: &str) -> Result<Function> {
         let found = self.kernels.iter().position(|k| k.name.to_bytes() == name.as_bytes());
         found.map(Function).ok_or_else(|| Error::device(name, "this build has no such kernel"))
@@ -268,6 +274,13 @@ impl Driver for Simulator {
             None => Ok(()),
             Some(problem) => Err(self.refuse(function, problem)),
         }
+    }
+
+    unsafe fn time(&self, launches: &[Launch]) -> Result<f64> {
+        let start = Instant::now();
+        // SAFETY: the caller's.
+        launches.iter().try_for_each(|launch| unsafe { self.launch(launch) })?;
+        Ok(start.elapsed().as_secs_f64() * 1e3)
     }
 }
 

@@ -1,0 +1,185 @@
+//! The phases of an answer, each run by itself and timed, with the device's peaks probed beside every run: a machine that is shared may be
+//! half as fast a few seconds later.
+
+use std::time::Instant;
+
+use llava_engine::dtype::DType;
+use llava_engine::error::Result;
+use llava_engine::infer::kv::PageTable;
+use llava_engine::infer::runner::{Runner, Step};
+use llava_engine::model::Slot;
+use llava_engine::ops::Peaks;
+use llava_engine::profile::Records;
+use llava_engine::tensor::Tensor;
+
+use super::{Args, Subject};
+
+/// What ops have done: `bytes` moved at least, `stored_bytes` of them weights and cache, `flops`.
+#[derive(Clone, Copy, Default)]
+pub struct Work {
+    pub bytes: f64,
+    pub stored_bytes: f64,
+    pub flops: f64,
+}
+
+impl Work {
+    /// Of all ops so far.
+    fn so_far(records: &Records) -> Self {
+        records.snapshot().iter().fold(Self::default(), |sum, (_, op)| Self {
+            bytes: sum.bytes + op.bytes,
+            stored_bytes: sum.stored_bytes + op.stored_bytes,
+            flops: sum.flops + op.flops,
+        })
+    }
+
+    fn since(self, before: Self) -> Self {
+        Self {
+            bytes: self.bytes - before.bytes,
+            stored_bytes: self.stored_bytes - before.stored_bytes,
+            flops: self.flops - before.flops,
+        }
+    }
+
+    /// The least time that this takes on a machine of such peaks: weights and cache read once, or all arithmetic, whichever is longer.
+    fn limit_ms(self, peaks: &Peaks, stored: DType) -> Option<f64> {
+        let gflops = peaks.limit_gflops(stored)?;
+        Some(f64::max(self.stored_bytes / peaks.read_gbps, self.flops / gflops) / 1e6)
+    }
+}
+
+/// One run of a phase.
+pub struct Run {
+    pub ms: f64,
+    pub work: Work,
+    /// The mean of those right before and right after it.
+    pub peaks: Peaks,
+}
+
+/// All runs of a phase.
+pub struct Phase {
+    pub name: &'static str,
+    /// Sequences that run together.
+    pub batch_size: usize,
+    /// Tokens that a run works on or makes, of all sequences.
+    pub tokens: usize,
+    /// Tokens in the cache of each sequence when it ends.
+    pub context: usize,
+    pub runs: Vec<Run>,
+}
+
+impl Phase {
+    /// Times of its runs from the fastest to the slowest.
+    pub fn sorted_ms(&self) -> Vec<f64> {
+        sorted(self.runs.iter().map(|r| r.ms))
+    }
+
+    /// The median of the times that its runs would have taken at the peaks probed beside them.
+    pub fn limit_ms(&self, stored: DType) -> Option<f64> {
+        median(self.runs.iter().filter_map(|run| run.work.limit_ms(&run.peaks, stored)))
+    }
+
+    /// The median share of that limit, in percent: each run against its own.
+    pub fn percent_of_limit(&self, stored: DType) -> Option<f64> {
+        median(self.runs.iter().filter_map(|run| Some(run.work.limit_ms(&run.peaks, stored)? / run.ms * 100.0)))
+    }
+}
+
+/// From the smallest to the largest.
+pub fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let values = sorted(values);
+    values.get(values.len() / 2).copied()
+}
+
+/// Times runs of one subject.
+struct Stopwatch<'a> {
+    subject: &'a mut Subject,
+    /// Probed when the last run was over.
+    peaks: Peaks,
+}
+
+impl Stopwatch<'_> {
+    /// Runs `work`, which must wait for its own results, as a run of `phase`.
+    fn time(&mut self, phase: &mut Phase, work: impl FnOnce(&mut Runner) -> Result<()>) -> Result<()> {
+        let before = Work::so_far(&self.subject.records);
+        let start = Instant::now();
+        work(&mut self.subject.runner)?;
+        let ms = start.elapsed().as_secs_f64() * 1e3;
+        let work = Work::so_far(&self.subject.records).since(before);
+        let after = self.subject.runner.ops().measure_peaks()?;
+        let peaks = std::mem::replace(&mut self.peaks, after).zip_with(&self.peaks, |a, b| (a + b) / 2.0);
+        phase.runs.push(Run { ms, work, peaks });
+        Ok(())
+    }
+}
+
+/// Runs every phase as often as `args` say, in turn: encoding one picture, reading one prompt with it, and decoding, for each batch size.
+pub fn measure(args: &Args, subject: &mut Subject) -> Result<Vec<Phase>> {
+    let config = subject.runner.model().config().clone();
+    let (image_tokens, size, vocab_size) = (config.tokens_per_image(), config.vision.image_size, config.text.vocab_size);
+    let (prompt, new) = (args.prompt_tokens, args.new_tokens);
+    let pixels: Vec<f32> = (0..3 * size * size).map(|i| (i * 7919 % 4093) as f32 / 2046.5 - 1.0).collect();
+    let pixels = Tensor::from_slice(&[1, 3, size, size], &pixels);
+    let id = |i: usize| (i * 31 % vocab_size) as u32;
+    let slots: Vec<Slot> = (0..prompt)
+        .map(|i| match i.checked_sub(prompt.saturating_sub(image_tokens) / 2) {
+            Some(row) if row < image_tokens => Slot::Image { feature_row: row },
+            _ => Slot::Token(id(i)),
+        })
+        .collect();
+    let phase = |name, batch_size, tokens, context| Phase { name, batch_size, tokens, context, runs: Vec::new() };
+    let mut encode = phase("encode", 1, image_tokens, 0);
+    let mut prefill = phase("prefill", 1, prompt, prompt);
+    let decode = |&n: &usize| phase("decode", n, n * (new - 1), prompt + new - 1);
+    let mut decodes: Vec<_> = args.batch_size.iter().map(decode).collect();
+
+    // Each sequence has read its prompt by itself, so that no two share memory; all but the first do so once for all runs.
+    let most = decodes.iter().map(|d| d.batch_size).max().unwrap_or(1);
+    let mut tables: Vec<PageTable> = (0..most).map(|_| subject.runner.kv().sequence()).collect();
+    let features = subject.runner.encode(&pixels)?;
+    for table in &mut tables[1..] {
+        subject.runner.extend(table, 0, &slots, Some(&features), prompt - 1, |_| {})?;
+    }
+    // A device does what it is asked in that order: when this has come from it, all before is done.
+    let mark = subject.runner.ops().alloc(&[1], DType::F32)?;
+    let peaks = subject.runner.ops().measure_peaks()?;
+    let mut stopwatch = Stopwatch { subject, peaks };
+    for _ in 0..args.repeat {
+        let mut features = None;
+        stopwatch.time(&mut encode, |runner| {
+            features = Some(runner.encode(&pixels)?);
+            runner.ops().download(&mark).map(drop)
+        })?;
+        stopwatch.time(&mut prefill, |runner| runner.extend(&mut tables[0], 0, &slots, features.as_ref(), prompt - 1, |_| {}))?;
+        for decode in &mut decodes {
+            let tables = &mut tables[..decode.batch_size];
+            stopwatch.time(decode, |runner| {
+                (0..new - 1).try_for_each(|i| {
+                    let step = |table| Step { table, past: prompt + i, token: id(i) };
+                    runner.step(&mut tables.iter_mut().map(step).collect::<Vec<_>>(), |_| {})
+                })
+            })?;
+        }
+    }
+    Ok([encode, prefill].into_iter().chain(decodes).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use llava_engine::ops::ArithmeticPeak;
+
+    #[test]
+    fn the_limit_is_the_slower_of_memory_and_arithmetic() {
+        let f32_peak = ArithmeticPeak { dtype: DType::F32, how: "test".into(), gflops: 100.0 };
+        let peaks = Peaks { read_gbps: 10.0, arithmetic: vec![f32_peak] };
+        let limit = |stored_bytes, flops| Work { bytes: 9e9, stored_bytes, flops }.limit_ms(&peaks, DType::F16);
+        assert_eq!(limit(5e6, 1e6), Some(0.5));
+        assert_eq!(limit(5e6, 1e9), Some(10.0));
+    }
+}

@@ -1,0 +1,126 @@
+//! `bench`: how fast this machine encodes a picture, reads a prompt and answers, against what it could do at best.
+
+mod measure;
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use llava_engine::device::Device;
+use llava_engine::dtype::DType;
+use llava_engine::engine::{Engine, EngineOptions, OpenDevice, open_device};
+use llava_engine::error::{Error, Result};
+use llava_engine::infer::runner::Runner;
+use llava_engine::model::Llava;
+use llava_engine::model::config::LlavaConfig;
+use llava_engine::profile::Records;
+use llava_engine::weights::random::Random;
+
+use super::Outcome;
+
+/// The largest batch that is taken.
+const MAX_BATCH: usize = 1024;
+
+/// Flags of `bench`.
+#[derive(clap::Args)]
+#[command(after_help = "Example:
+  llava-engine bench --shape llava-1.5-7b --weights bf16 --prompt-tokens 640 --new-tokens 64")]
+pub struct Args {
+    /// Model: a folder, or a hub id; with random weights of a known shape if absent
+    #[arg(long, env = "LLAVA_MODEL", value_name = "PATH|HF_ID")]
+    model: Option<PathBuf>,
+    /// Shape whose weights are made up: llava-1.5-7b or llava-1.5-13b
+    #[arg(long, conflicts_with = "model", value_name = "NAME")]
+    shape: Option<String>,
+    /// What made-up weights are stored in: bf16, f16 or f32
+    #[arg(long, default_value = "bf16", value_name = "DTYPE")]
+    weights: String,
+    /// Decoder layers of the shape, where all of them do not fit; the others' share of a step is then missing
+    #[arg(long, value_name = "N")]
+    layers: Option<usize>,
+    /// Tokens of the prompt, an image's among them
+    #[arg(long, default_value_t = 640, value_name = "N")]
+    prompt_tokens: usize,
+    /// Tokens of the answer
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    new_tokens: usize,
+    /// Sequences that are decoded together, each with its own prompt and answer; several numbers are measured one after the other
+    #[arg(long, default_value = "1,4,8", value_delimiter = ',', value_name = "N[,N...]")]
+    batch_size: Vec<usize>,
+    /// Runs of everything; medians are over these
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    repeat: usize,
+    /// Where it runs: auto, cpu, cuda, cuda:N, or sim
+    #[arg(long, env = "LLAVA_DEVICE", default_value = "auto")]
+    device: String,
+    /// CPU threads; 0 for as many as the machine has
+    #[arg(long, env = "LLAVA_THREADS", default_value_t = 0, value_name = "N")]
+    threads: usize,
+    /// Prints one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is measured.
+struct Subject {
+    name: String,
+    runner: Runner,
+    /// What the ops of `runner` cost.
+    records: Arc<Records>,
+    /// What its matrices are stored in.
+    stored: DType,
+    load_ms: f64,
+}
+
+/// Benchmarks.
+pub fn run(args: &Args) -> Result<Outcome> {
+    let device = args.device.parse::<Device>()?;
+    let dtype = args.weights.parse::<DType>()?;
+    if args.new_tokens < 2 || args.repeat == 0 || args.prompt_tokens == 0 {
+        return Err(Error::usage("--prompt-tokens and --repeat must be at least 1, --new-tokens at least 2"));
+    }
+    let most = args.batch_size.iter().copied().max().unwrap_or(0);
+    if args.batch_size.contains(&0) || most > MAX_BATCH {
+        return Err(Error::usage(format!("--batch-size takes numbers from 1 to {MAX_BATCH}, such as 1,4,8")));
+    }
+    let options = EngineOptions {
+        device,
+        threads: args.threads,
+        context_tokens: Some(args.prompt_tokens + args.new_tokens),
+        n_contexts: most,
+        profile_ops: true,
+        ..Default::default()
+    };
+    let mut subject = match &args.model {
+        Some(model) => open(model, &options)?,
+        None => make_up(args, dtype, &options)?,
+    };
+    let phases = measure::measure(args, &mut subject)?;
+    report::report(args, device, &subject, &phases)?;
+    Ok(Outcome::Done)
+}
+
+fn open(model: &Path, options: &EngineOptions) -> Result<Subject> {
+    let engine = Engine::open(model, options)?;
+    let (stored, load_ms) = (engine.compute_dtype(), engine.load_ms());
+    let records = engine.records().ok_or_else(|| Error::usage("the engine keeps no records"))?;
+    Ok(Subject { name: model.display().to_string(), runner: engine.into_runner(), records, stored, load_ms })
+}
+
+fn make_up(args: &Args, dtype: DType, options: &EngineOptions) -> Result<Subject> {
+    let start = Instant::now();
+    let name = args.shape.as_deref().unwrap_or("llava-1.5-7b");
+    let mut config = LlavaConfig::by_name(name)
+        .ok_or_else(|| Error::usage(format!("unknown shape `{name}`: use llava-1.5-7b or llava-1.5-13b, or name a --model")))?;
+    config.text.n_layers = args.layers.unwrap_or(config.text.n_layers);
+    config.context_tokens = args.prompt_tokens + args.new_tokens;
+    let OpenDevice { ops, records, note } = open_device(options, dtype)?;
+    if let Some(note) = note {
+        eprintln!("llava-engine: {note}");
+    }
+    let model = Llava::load(&*ops, &config, &Random::new(dtype), ops.weight_dtype())?;
+    let records = records.ok_or_else(|| Error::usage("the device keeps no records"))?;
+    let runner = Runner::new(ops, model, dtype, options.n_contexts)?;
+    Ok(Subject { name: name.to_owned(), runner, records, stored: dtype, load_ms: start.elapsed().as_secs_f64() * 1e3 })
+}
