@@ -2,8 +2,6 @@
 
 mod support;
 
-use std::path::Path;
-
 use llava_engine::device::Device;
 use llava_engine::dtype::DType;
 use llava_engine::engine::{Engine, EngineOptions};
@@ -75,7 +73,7 @@ fn open(checkpoint: &str, device: Device, context_tokens: usize, n_contexts: usi
         n_contexts,
         ..Default::default()
     };
-    Engine::open(fixture(&Path::new("checkpoints").join(checkpoint).to_string_lossy()), &options).unwrap().into_runner()
+    Engine::open(fixture(&format!("checkpoints/{checkpoint}")), &options).unwrap().into_runner()
 }
 
 /// The CPU, and the CUDA kernels.
