@@ -103,7 +103,10 @@ impl<'a> Output<'a> {
 
     /// Stops unless there is room for `n` columns of `tokens` rows, and a bias for each: kernels rely on it.
     pub fn expect(&self, tokens: usize, n: usize) {
-        assert!(self.first_col + n <= self.y_stride && self.y.len() >= tokens * self.y_stride, "no room for {tokens} rows of {n}");
+        assert!(
+            self.first_col + n <= self.y_stride && self.y.n_elements() >= tokens * self.y_stride,
+            "no room for {tokens} rows of {n}"
+        );
         assert!(self.bias.is_none_or(|b| b.len() >= n), "bias is shorter than {n}");
     }
 }

@@ -244,7 +244,7 @@ unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 
 impl<'a, T> Disjoint<'a, T> {
     /// Elements of the slice.
-    pub fn len(&self) -> usize {
+    pub fn n_elements(&self) -> usize {
         self.len
     }
 

@@ -94,7 +94,7 @@ impl Packed {
         let (Some(&bits), &[_, n_groups, _]) = (words.shape().get(3), scales.shape()) else {
             return Err(Error::shape(OP, "words and scales", "4 and 3 dimensions", (&words, &scales)));
         };
-        let group = if n_groups == 0 { 0 } else { k / n_groups };
+        let group = k.checked_div(n_groups).unwrap_or(0);
         if !matches!(bits, 4 | 8) || !GROUPS.contains(&group) || k % group != 0 {
             return Err(Error::shape(
                 OP,
