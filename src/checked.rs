@@ -28,11 +28,6 @@ impl Checked {
         Ok(Tensor::from_slice(tensor.shape(), &self.device.download(tensor)?))
     }
 
-    /// A tensor of integers of the device on the host.
-    fn host_i32(&self, tensor: &Tensor) -> Result<Tensor> {
-        Ok(Tensor::from_slice(tensor.shape(), &self.device.download_i32(tensor)?))
-    }
-
     fn host_kv(&self, kv: &KvLayer) -> Result<KvLayer> {
         Ok(KvLayer { k: self.host(&kv.k)?, v: self.host(&kv.v)? })
     }
@@ -110,14 +105,6 @@ impl Ops for Checked {
 
     fn to_host(&self, tensor: &Tensor) -> Result<Tensor> {
         self.device.to_host(tensor)
-    }
-
-    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
-        self.device.download(tensor)
-    }
-
-    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>> {
-        self.device.download_i32(tensor)
     }
 
     fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
@@ -208,7 +195,7 @@ impl Ops for Checked {
     }
 
     fn sample(&self, ids: &mut Tensor, logits: &Tensor, seen: &mut Tensor, draws: &[Draw]) -> Result<()> {
-        let (mut expected, mut expected_seen) = (self.host_i32(ids)?, self.host_i32(seen)?);
+        let (mut expected, mut expected_seen) = (self.device.to_host(ids)?, self.device.to_host(seen)?);
         self.reference.sample(&mut expected, &self.host(logits)?, &mut expected_seen, draws)?;
         self.device.sample(ids, logits, seen, draws)?;
         self.compare_i32("sample", "ids", ids, &expected)?;

@@ -265,7 +265,10 @@ pub trait Ops: Send + Sync {
     }
 
     /// The elements of a device tensor of integers.
-    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>>;
+    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>> {
+        check::dtype("download", "tensor", tensor, DType::I32)?;
+        Ok(self.to_host(tensor)?.as_slice().to_vec())
+    }
 
     /// y\[:, c..c+n\] = epilogue(x·Wᵀ + bias), c = `w.first_col`
     ///

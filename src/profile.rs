@@ -123,14 +123,6 @@ impl Ops for Profiled {
         self.inner.to_host(tensor)
     }
 
-    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
-        self.inner.download(tensor)
-    }
-
-    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>> {
-        self.inner.download_i32(tensor)
-    }
-
     fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
         let tokens = x.rows();
         let outputs = tokens * w.n() * y.dtype().size() * if epilogue == Epilogue::Add { 2 } else { 1 };

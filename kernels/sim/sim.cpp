@@ -440,7 +440,6 @@ template <typename T> T checked_add(T* p, T x) {
     while (!__atomic_compare_exchange_n(p, &old, T(old + x), true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
     return old;
 }
-
 int atomic_add(int* p, int x) { return checked_add(p, x); }
 unsigned atomic_add(unsigned* p, unsigned x) { return checked_add(p, x); }
 

@@ -44,7 +44,7 @@ struct X<'a> {
     group: usize,
 }
 
-/// The first token of each tile, and its tokens: [`TILE`], and less at the end, where two tiles share what one cannot take.
+/// The first token of each tile, and its tokens: at most [`TILE`], shared out evenly, so that no tile is left with few.
 fn tiles(tokens: usize) -> Vec<(usize, usize)> {
     let n = tokens.div_ceil(TILE);
     (0..n).map(|i| (i * tokens / n, (i + 1) * tokens / n - i * tokens / n)).collect()
@@ -265,7 +265,8 @@ impl Block<'_> {
                         let w = bytes.as_ptr().add(slab * slab_bytes + vector * 4 * S::LANES);
                         let p = p.add(slab * T * SLAB);
                         if BITS == 4 {
-                            let (mut low, mut high) = ([S::load_bytes(w); R], [S::load_bytes(w); R]);
+                            let first = S::load_bytes(w);
+                            let (mut low, mut high) = ([first; R], [first; R]);
                             for r in 0..R {
                                 let both = S::load_bytes(w.add(r * 4 * S::LANES));
                                 (low[r], high[r]) = (S::low4(both), S::high4(both));

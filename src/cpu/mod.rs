@@ -103,15 +103,6 @@ impl Ops for Cpu {
         Ok(copy)
     }
 
-    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
-        Ok(tensor.to_f32())
-    }
-
-    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>> {
-        check::dtype("download", "tensor", tensor, DType::I32)?;
-        Ok(tensor.as_slice().to_vec())
-    }
-
     fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
         check::linear(y, x, w, bias)?;
         for (what, t) in [("x", Some(x)), ("y", Some(&*y)), ("bias", bias)] {

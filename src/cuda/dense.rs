@@ -284,12 +284,12 @@ impl Cuda {
             column += n;
             let add = epilogue == Epilogue::Add;
             let matmul = Matmul { dtype: self.dtype, y_dtype, tokens, n, k, y_stride, add };
-            let Some(function) = self.library_function(matmul)? else {
-                return Ok(false);
-            };
             if [y, x, w].iter().any(|p| p.0 % LIBRARY_ALIGNMENT != 0) {
                 return Ok(false);
             }
+            let Some(function) = self.library_function(matmul)? else {
+                return Ok(false);
+            };
             let grid = Grid { blocks: [1; 3], threads: 1, shared_bytes: 0 };
             launches.push(Launch { function, grid, args: [y, x, w].map(Arg::Ptr).to_vec() });
         }

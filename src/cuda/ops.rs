@@ -3,7 +3,7 @@
 use super::Cuda;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Span, Weight, check};
+use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 impl Ops for Cuda {
@@ -33,11 +33,6 @@ impl Ops for Cuda {
 
     fn to_host(&self, tensor: &Tensor) -> Result<Tensor> {
         self.to_host(tensor)
-    }
-
-    fn download_i32(&self, tensor: &Tensor) -> Result<Vec<i32>> {
-        check::dtype("download", "tensor", tensor, DType::I32)?;
-        Ok(self.to_host(tensor)?.as_slice().to_vec())
     }
 
     fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {

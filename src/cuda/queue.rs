@@ -55,6 +55,16 @@ struct Recorded {
     graph: Option<GraphId>,
 }
 
+impl State {
+    /// The launches to be made now. Tables that are staged from here on may take the places of theirs.
+    fn take_pending(&mut self) -> Vec<Launch> {
+        // Memory must be made before a table is staged, not between that and its launch.
+        assert_eq!(self.n_expected, 0, "flushed while a launch has its table and is not queued");
+        self.n_used = 0;
+        std::mem::take(&mut self.pending)
+    }
+}
+
 impl Queue {
     pub fn new(driver: Arc<dyn Driver>) -> Self {
         Self { driver, state: Mutex::default() }
@@ -116,10 +126,7 @@ impl Queue {
     /// Makes all launches that are queued.
     pub fn flush(&self) -> Result<()> {
         let mut state = self.lock();
-        // Memory must be made before a table is staged, not between that and its launch.
-        assert_eq!(state.n_expected, 0, "flushed while a launch has its table and is not queued");
-        let launches = std::mem::take(&mut state.pending);
-        state.n_used = 0;
+        let launches = state.take_pending();
         if launches.len() < MIN_GRAPH {
             return self.launch_all(&launches);
         }
@@ -149,10 +156,7 @@ impl Queue {
 
     /// Makes all launches that are queued, one by one, and waits for them. Returns the milliseconds that they took on the device.
     pub fn flush_timed(&self) -> Result<f64> {
-        let mut state = self.lock();
-        assert_eq!(state.n_expected, 0, "flushed while a launch has its table and is not queued");
-        let launches = std::mem::take(&mut state.pending);
-        state.n_used = 0;
+        let launches = self.lock().take_pending();
         // SAFETY: whoever queued them vouches for the arguments.
         unsafe { self.driver.time(&launches) }
     }

@@ -93,10 +93,7 @@ impl Runner {
         first_output: usize,
         mut take: impl FnMut(&[f32]),
     ) -> Result<()> {
-        self.run(table, past, slots, features, first_output, |ops, logits| {
-            ops.download(logits)?.chunks_exact(logits.row_len()).for_each(&mut take);
-            Ok(())
-        })
+        self.run(table, past, slots, features, first_output, |ops, logits| hand_rows(ops, logits, &mut take))
     }
 
     /// Runs `slots` after the `past` cached tokens of the sequence in `table`, and draws the token that follows the last of them: all that
@@ -163,10 +160,7 @@ impl Runner {
             .map(|(first_row, step)| Span { first_row, n_rows: 1, past: step.past, pages: step.table.pages() })
             .collect();
         let mut ctx = Ctx { ops: &**ops, observer: observer.as_mut().map(|o| &mut **o as _), cancel: Some(cancel) };
-        let take = |logits: &Tensor| {
-            ops.download(logits)?.chunks_exact(logits.row_len()).for_each(&mut take);
-            Ok(())
-        };
+        let take = |logits: &Tensor| hand_rows(&**ops, logits, &mut take);
         model.run(&mut ctx, acts, &mut kv.layers, &spans, &slots, None, 0, take)
     }
 
@@ -178,4 +172,10 @@ impl Runner {
         }
         table.reserve(tokens)
     }
+}
+
+/// Brings logits `[rows, vocab]` to the host and hands each row to `take`.
+fn hand_rows(ops: &dyn Ops, logits: &Tensor, take: &mut impl FnMut(&[f32])) -> Result<()> {
+    ops.download(logits)?.chunks_exact(logits.row_len()).for_each(take);
+    Ok(())
 }

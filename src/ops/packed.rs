@@ -95,15 +95,11 @@ impl Packed {
             return Err(Error::shape(OP, "words and scales", "4 and 3 dimensions", (&words, &scales)));
         };
         let group = k.checked_div(n_groups).unwrap_or(0);
-        if !matches!(bits, 4 | 8) || !GROUPS.contains(&group) || k % group != 0 {
-            return Err(Error::shape(
-                OP,
-                format!("words and scales of {n} x {k}"),
-                "4 or 8 bits, groups of 32, 64 or 128",
-                (&words, &scales),
-            ));
-        }
-        let format = Format::new(bits, group, offsets.is_some())?;
+        let format = Format::new(bits, group, offsets.is_some()).ok().filter(|_| k % group == 0);
+        let format = format.ok_or_else(|| {
+            let accepted = "4 bits, or 8 without offsets, in groups of 32, 64 or 128";
+            Error::shape(OP, format!("words and scales of {n} x {k}"), accepted, (&words, &scales, &offsets))
+        })?;
         words.expect(OP, "words", &format.words_shape(n, k))?;
         for (what, dtype, tensor) in
             [("words", DType::I32, Some(&words)), ("scales", DType::F16, Some(&scales)), ("offsets", DType::F16, offsets.as_ref())]
@@ -165,5 +161,54 @@ pub fn place(bits: usize, k: usize, row: usize, col: usize) -> (usize, u32) {
     match bits {
         8 => (part * SLAB + col, 0),
         _ => (part * (SLAB / 2) + col % (SLAB / 2), if col < SLAB / 2 { 0 } else { 4 }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_that_are_no_packed_matrix_are_refused() {
+        let (n, k) = (17, 256);
+        let of = |bits, groups, k, offsets: bool, dtype| {
+            let scales = || Tensor::zeros(&[2, groups, BLOCK_ROWS], dtype);
+            Packed::new(n, k, Tensor::zeros(&[2, 8, BLOCK_ROWS, bits], DType::I32), scales(), offsets.then(scales))
+        };
+        for (bits, groups, offsets) in [(4, 8, false), (4, 4, true), (4, 2, false), (8, 2, false)] {
+            let packed = of(bits, groups, k, offsets, DType::F16).unwrap();
+            assert_eq!(packed.format(), Format { bits, group: k / groups, has_offsets: offsets });
+        }
+        for (bits, groups, k, offsets, dtype) in [
+            (3, 2, k, false, DType::F16),
+            (8, 2, k, true, DType::F16),
+            (4, 0, k, false, DType::F16),
+            (4, 16, k, false, DType::F16),
+            (4, 1, k, false, DType::F16),
+            (4, 2, k - 1, false, DType::F16),
+            (4, 2, k + 32, false, DType::F16),
+            (4, 2, k, false, DType::Bf16),
+        ] {
+            let error = of(bits, groups, k, offsets, dtype).expect_err("refused").to_string();
+            assert!(error.contains("packed weight"), "{error}");
+        }
+        let flat = Packed::new(n, k, Tensor::zeros(&[4], DType::I32), Tensor::zeros(&[2, 2, 16], DType::F16), None);
+        assert!(flat.is_err());
+    }
+
+    /// Every integer has a place of its own, and all places are taken.
+    #[test]
+    fn places_fill_the_words() {
+        for bits in [4, 8] {
+            let (n, k) = (2 * BLOCK_ROWS, 2 * SLAB);
+            let mut taken = vec![0u8; n * k * bits / 8];
+            for (row, col) in (0..n).flat_map(|row| (0..k).map(move |col| (row, col))) {
+                let (byte, shift) = place(bits, k, row, col);
+                let mask = (u8::MAX >> (8 - bits)) << shift;
+                assert_eq!(taken[byte] & mask, 0, "{bits} bits: row {row}, column {col}");
+                taken[byte] |= mask;
+            }
+            assert!(taken.iter().all(|&t| t == u8::MAX), "{bits} bits");
+        }
     }
 }
