@@ -1,6 +1,7 @@
 //! The phases of an answer, each run by itself and timed, with the device's peaks probed beside every run: a machine that is shared may be
 //! half as fast a few seconds later.
 
+use std::io::IsTerminal;
 use std::time::Instant;
 
 use llava_engine::dtype::DType;
@@ -118,6 +119,13 @@ impl Stopwatch<'_> {
     }
 }
 
+/// Tells whoever waits at a terminal, for minutes with a large model, what is going on.
+fn say(what: &str) {
+    if std::io::stderr().is_terminal() {
+        eprintln!("llava-engine: {what}");
+    }
+}
+
 /// Runs every phase as often as `args` say, in turn: encoding one picture, reading one prompt with it, and decoding, for each batch size.
 pub fn measure(args: &Args, subject: &mut Subject) -> Result<Vec<Phase>> {
     let config = subject.runner.model().config().clone();
@@ -142,14 +150,16 @@ pub fn measure(args: &Args, subject: &mut Subject) -> Result<Vec<Phase>> {
     let most = decodes.iter().map(|d| d.batch_size).max().unwrap_or(1);
     let mut tables: Vec<PageTable> = (0..most).map(|_| subject.runner.kv().sequence()).collect();
     let features = subject.runner.encode(&pixels)?;
-    for table in &mut tables[1..] {
+    for (i, table) in tables.iter_mut().enumerate().skip(1) {
+        say(&format!("prompt of sequence {} of {most}", i + 1));
         subject.runner.extend(table, 0, &slots, Some(&features), prompt - 1, |_| {})?;
     }
     // A device does what it is asked in that order: when this has come from it, all before is done.
     let mark = subject.runner.ops().alloc(&[1], DType::F32)?;
     let peaks = subject.runner.ops().measure_peaks()?;
     let mut stopwatch = Stopwatch { subject, peaks };
-    for _ in 0..args.repeat {
+    for i in 0..args.repeat {
+        say(&format!("run {} of {}", i + 1, args.repeat));
         let mut features = None;
         stopwatch.time(&mut encode, |runner| {
             features = Some(runner.encode(&pixels)?);
