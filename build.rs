@@ -6,6 +6,7 @@
 //! | `NVCC`, `CUDA_HOME` | where nvcc is; else it is looked for in `PATH` and in `.cuda-venv` (tools/install-cuda-toolchain.sh) |
 //! | `LLAVA_CUDA_ARCHS` | what to compile for, `80,90a` by default; PTX of the last one's base is always added |
 //! | `LLAVA_SIM` | `off`: no simulator; else it is built where a C++17 compiler is found |
+//! | `LLAVA_COVERAGE` | `1`: the simulator's kernels count which of their lines run, for gcov (tools/coverage.sh) |
 //!
 //! The build never asks what GPU the machine has, and needs none.
 
@@ -17,7 +18,7 @@ fn main() {
     for cfg in ["llava_cuda", "llava_sim"] {
         println!("cargo:rustc-check-cfg=cfg({cfg})");
     }
-    for name in ["LLAVA_CUDA", "NVCC", "CUDA_HOME", "LLAVA_CUDA_ARCHS", "LLAVA_SIM"] {
+    for name in ["LLAVA_CUDA", "NVCC", "CUDA_HOME", "LLAVA_CUDA_ARCHS", "LLAVA_SIM", "LLAVA_COVERAGE"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     println!("cargo:rerun-if-changed=build.rs");
@@ -56,11 +57,16 @@ fn build_simulator(kernels: &[PathBuf]) {
         build.flag("-fno-exceptions").flag("-fno-strict-aliasing").flag("-ffp-contract=off").cargo_metadata(false);
         build
     };
+    let coverage = env::var("LLAVA_COVERAGE").is_ok_and(|v| v == "1");
     // The runtime must not be instrumented, the kernels must be.
     let runtime = base().file("kernels/sim/sim.cpp").try_compile("llava_sim");
     let compiled = runtime.and_then(|()| {
         let mut build = base();
         build.flag("-fsanitize=thread").flag("-Wno-unknown-pragmas").flag("-Wno-unused-function").flag("-x").flag("c++");
+        if coverage {
+            // Unoptimized, so that no line disappears. Atomic counters are the ones that the simulator's hooks do not see.
+            build.opt_level(0).flag("--coverage").flag("-fprofile-update=atomic");
+        }
         // With kernels that only its own tests run.
         build.files(kernels).file("kernels/sim/faults.cu").try_compile("llava_sim_kernels")
     });
@@ -70,6 +76,9 @@ fn build_simulator(kernels: &[PathBuf]) {
             // Whole: kernels register themselves and nobody names them.
             println!("cargo:rustc-link-lib=static:+whole-archive=llava_sim_kernels");
             println!("cargo:rustc-link-lib=static=llava_sim");
+            if coverage {
+                println!("cargo:rustc-link-lib=gcov");
+            }
             println!(
                 "cargo:rustc-link-lib={}",
                 if env::var("CARGO_CFG_TARGET_VENDOR").is_ok_and(|v| v == "apple") { "c++" } else { "stdc++" }

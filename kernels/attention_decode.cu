@@ -30,7 +30,6 @@ constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / WARP;
 // Elements of a head that a lane has; ceil(head_dim / 8) lanes, made up to a power of two, share a token.
 constexpr int PART = 8;
-constexpr int MAX_HEAD_DIM = PART * WARP;
 // Tokens that a lane has under way: with K and V that is 128 bytes of 16-bit floats, 16 KiB a block. Two blocks on a multiprocessor
 // then cover what memory delivers within its latency (4.8 TB/s · 0.7 µs / 132 = 25 KiB).
 constexpr int UNROLL = 4;

@@ -104,11 +104,6 @@ private:
     }
 };
 
-// Reads N = 16 / sizeof(T) elements as f32, from any address that is aligned for T; those from `n` on are zero.
-template <typename T> __device__ inline void load_part(float (&out)[Vec16<T>::N], const T* p, int n) {
-    for (int i = 0; i < Vec16<T>::N; ++i) out[i] = i < n ? to_f32(p[i]) : 0.0f;
-}
-
 // Whether p is a multiple of 16 bytes.
 __device__ inline bool is_aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
