@@ -126,7 +126,7 @@ fn measure(args: &Args, runner: &mut Runner, records: &Records) -> Result<[Phase
         return Err(Error::usage(format!("{} tokens do not fit a context of {}", prompt + new, config.context_tokens)));
     }
     let pixels: Vec<f32> = (0..3 * size * size).map(|i| (i * 7919 % 4093) as f32 / 2046.5 - 1.0).collect();
-    let pixels = Tensor::from_slice(&[1, 3, size, size], &pixels);
+    let pixels = runner.ops().upload(Tensor::from_slice(&[1, 3, size, size], &pixels))?;
     let id = |i: usize| Slot::Token((i * 31 % config.text.vocab_size) as u32);
     let slots: Vec<Slot> = (0..prompt)
         .map(|i| match i.checked_sub(prompt.saturating_sub(image_tokens) / 2) {

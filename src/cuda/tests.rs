@@ -2,6 +2,7 @@
 
 use super::Cuda;
 use crate::dtype::DType;
+use crate::image::{Fit, Preprocess, RgbImage, preprocess};
 use crate::tensor::Tensor;
 
 #[test]
@@ -120,4 +121,24 @@ fn argmax_takes_the_first_of_the_largest() {
     assert!(cuda.argmax(&mut ids, &cuda.zeros(&[1, 0], DType::F32).unwrap()).is_err());
     assert!(cuda.argmax(&mut ids, &cuda.zeros(&[2, 5], DType::F32).unwrap()).is_err());
     assert!(cuda.argmax(&mut ids, &cuda.zeros(&[1, 5], DType::F16).unwrap()).is_err());
+}
+
+/// Pictures come in strips: as one row of the first pass needs at least, and however long the whole is.
+#[test]
+fn strips_of_a_picture_make_the_whole() {
+    let cuda = Cuda::simulated(2, DType::F32).unwrap();
+    for (width, height) in [(50, 40), (23, 70), (70, 9)] {
+        let levels = (0..width * height * 3).map(|i: usize| (i.wrapping_mul(2_654_435_761) >> 9) as u8).collect();
+        let images = [RgbImage::new(width, height, levels).unwrap()];
+        for fit in [Fit::Crop, Fit::Pad] {
+            let config = Preprocess::clip(14, fit);
+            let expected = preprocess(&images, &config).unwrap();
+            for strip_bytes in [1, 1000, 5000, usize::MAX] {
+                let mut pixels = cuda.zeros(expected.shape(), DType::F32).unwrap();
+                cuda.preprocess_in_strips(&mut pixels, &images, &config, strip_bytes).unwrap();
+                let pixels = cuda.to_host(&pixels).unwrap();
+                assert!(pixels.as_bytes() == expected.as_bytes(), "{width} x {height}, {fit:?}, {strip_bytes}");
+            }
+        }
+    }
 }
