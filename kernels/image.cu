@@ -1,10 +1,10 @@
 // Pictures to the tower's pixels: bicubic passes over u8, and normalisation. Weights and levels are tables that the host makes
 // (src/image/resize.rs says how); what is left is integer arithmetic and copies, so that every bit is the host's.
 //
-//   resize_horizontal_u8: y[r, x, c] = level(sum_i k[x, i] p(first + r, start[x] + i, c))
-//   resize_vertical_u8:   y[r, x, c] = level(sum_i k[r, i] p(start[r] + i, first + x, c))
+//   resize_horizontal_u8: y[r, x, c] = to_u8(sum_i k[x, i] p(first + r, start[x] + i, c))
+//   resize_vertical_u8:   y[r, x, c] = to_u8(sum_i k[r, i] p(start[r] + i, first + x, c))
 //   normalize_f32:        pixels[c, y, x] = levels[c, p(y, x, c)]
-//   level(sum)            = clamp((sum + 2^21) >> 22, 0, 255)
+//   to_u8(sum)            = clamp((sum + 2^21) >> 22, 0, 255)
 //   p(y, x, c)            = source[y - top, x - left, c] within the source's rows and columns, fill[c] around it
 //
 // Layouts: source [bottom - top, right - left, 3] u8, fill = R | G << 8 | B << 16; y [rows, n, 3] u8; taps [outputs, 2 + padded] i32:
@@ -31,9 +31,25 @@ struct Source {
     }
 };
 
-__device__ inline uint8_t level(int sum) {
+__device__ inline uint8_t to_u8(int sum) {
     const int rounded = (sum + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS;
     return uint8_t(rounded < 0 ? 0 : rounded > 255 ? 255 : rounded);
+}
+
+// One pass: along the rows if HORIZONTAL, else along the columns.
+template <bool HORIZONTAL>
+__device__ inline void resize_u8(uint8_t* y, int n, const Source& source, const int* taps, int stride, int first) {
+    begin_launch();
+    const int i = blockIdx.y * THREADS + threadIdx.x, x = i / CHANNELS, c = i % CHANNELS, row = blockIdx.x;
+    if (x >= n) return;
+    const int* own = taps + size_t(HORIZONTAL ? x : row) * stride;
+    const int start = own[0], n_taps = own[1];
+    int sum = 0;
+    for (int tap = 0; tap < n_taps; ++tap) {
+        const int level = HORIZONTAL ? source.at(first + row, start + tap, c) : source.at(start + tap, first + x, c);
+        sum += own[2 + tap] * level;
+    }
+    y[size_t(row) * n * CHANNELS + i] = to_u8(sum);
 }
 
 }  // namespace
@@ -41,28 +57,12 @@ __device__ inline uint8_t level(int sum) {
 #define SOURCE const uint8_t *pixels, int top, int bottom, int left, int right, int fill
 
 KERNEL(THREADS) resize_horizontal_u8(uint8_t* y, int n, SOURCE, const int* taps, int stride, int first) {
-    begin_launch();
-    const Source source = {pixels, top, bottom, left, right, fill};
-    const int i = blockIdx.y * THREADS + threadIdx.x, x = i / CHANNELS, c = i % CHANNELS;
-    if (x >= n) return;
-    const int row = blockIdx.x;
-    const int *own = taps + size_t(x) * stride, *k = own + 2;
-    int sum = 0;
-    for (int tap = 0; tap < own[1]; ++tap) sum += k[tap] * source.at(first + row, own[0] + tap, c);
-    y[size_t(row) * n * CHANNELS + i] = level(sum);
+    resize_u8<true>(y, n, {pixels, top, bottom, left, right, fill}, taps, stride, first);
 }
 REGISTER_KERNEL(resize_horizontal_u8)
 
 KERNEL(THREADS) resize_vertical_u8(uint8_t* y, int n, SOURCE, const int* taps, int stride, int first) {
-    begin_launch();
-    const Source source = {pixels, top, bottom, left, right, fill};
-    const int i = blockIdx.y * THREADS + threadIdx.x, x = i / CHANNELS, c = i % CHANNELS;
-    if (x >= n) return;
-    const int row = blockIdx.x;
-    const int *own = taps + size_t(row) * stride, *k = own + 2;
-    int sum = 0;
-    for (int tap = 0; tap < own[1]; ++tap) sum += k[tap] * source.at(own[0] + tap, first + x, c);
-    y[size_t(row) * n * CHANNELS + i] = level(sum);
+    resize_u8<false>(y, n, {pixels, top, bottom, left, right, fill}, taps, stride, first);
 }
 REGISTER_KERNEL(resize_vertical_u8)
 

@@ -142,3 +142,21 @@ fn strips_of_a_picture_make_the_whole() {
         }
     }
 }
+
+/// A device holds a strip and what the first pass made, however large the picture and however many of them come.
+#[test]
+fn pictures_do_not_fill_the_device() {
+    let cuda = Cuda::simulated(2, DType::F32).unwrap();
+    let most = 128 << 10;
+    for (width, height) in [(300, 400), (310, 400), (700, 200), (200, 500)] {
+        let images = [RgbImage::filled(width, height, [9, 99, 199]).unwrap()];
+        assert!(images[0].pixels().len() > 2 * most);
+        for fit in [Fit::Crop, Fit::Pad] {
+            let mut pixels = cuda.zeros(&[1, 3, 14, 14], DType::F32).unwrap();
+            // As many rows as one output of the columns-first pass needs take more than this.
+            cuda.preprocess_in_strips(&mut pixels, &images, &Preprocess::clip(14, fit), 4000).unwrap();
+        }
+    }
+    let held = cuda.arena.free_bytes();
+    assert!(held <= most, "{held} bytes");
+}
