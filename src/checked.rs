@@ -4,10 +4,12 @@
 //! reference is carried on to the next op, so an op is judged alone. It is slow: weights travel with every op.
 
 use std::fmt::Display;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::image::{Preprocess, RgbImage};
 use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
@@ -143,10 +145,17 @@ impl Ops for Checked {
         self.compare("embed", "y", y, &expected)
     }
 
-    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
+    fn preprocess(&self, pixels: &mut Tensor, images: &[RgbImage], config: &Preprocess) -> Result<()> {
+        let mut expected = self.host(pixels)?;
+        self.reference.preprocess(&mut expected, images, config)?;
+        self.device.preprocess(pixels, images, config)?;
+        self.compare("preprocess", "pixels", pixels, &expected)
+    }
+
+    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, images: Range<usize>, patch_size: usize) -> Result<()> {
         let mut expected = self.host(y)?;
-        self.reference.patchify(&mut expected, &self.host(pixels)?, patch_size)?;
-        self.device.patchify(y, pixels, patch_size)?;
+        self.reference.patchify(&mut expected, &self.host(pixels)?, images.clone(), patch_size)?;
+        self.device.patchify(y, pixels, images, patch_size)?;
         self.compare("patchify", "y", y, &expected)
     }
 

@@ -1,11 +1,13 @@
 //! [`Profiled`]: stands in front of a device and keeps what each op costs.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::image::{Preprocess, RgbImage};
 use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
@@ -156,8 +158,16 @@ impl Ops for Profiled {
         self.timed("embed", Work { bytes: read + y.bytes(), stored_bytes: read, flops: 0 }, |ops| ops.embed(y, table, ids))
     }
 
-    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
-        self.timed("patchify", Work { bytes: 2 * pixels.bytes(), ..Work::default() }, |ops| ops.patchify(y, pixels, patch_size))
+    fn preprocess(&self, pixels: &mut Tensor, images: &[RgbImage], config: &Preprocess) -> Result<()> {
+        let read: usize = images.iter().map(|image| image.pixels().len()).sum();
+        let work = Work { bytes: read + pixels.bytes(), ..Work::default() };
+        self.timed("preprocess", work, |ops| ops.preprocess(pixels, images, config))
+    }
+
+    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, images: Range<usize>, patch_size: usize) -> Result<()> {
+        let read = images.len() * pixels.row_len() * pixels.dtype().size();
+        let work = Work { bytes: read + y.bytes(), ..Work::default() };
+        self.timed("patchify", work, |ops| ops.patchify(y, pixels, images, patch_size))
     }
 
     fn clip_embed(&self, y: &mut Tensor, patches: &Tensor, class: &Tensor, positions: &Tensor) -> Result<()> {

@@ -124,7 +124,7 @@ fn patchify_lays_a_patch_out_by_channel_row_column() {
             let at = |image: usize, c: usize, y: usize, x: usize| pixels[((image * 3 + c) * height + y) * width + x];
             let there = device.put_f32(&[images, 3, height, width], &pixels);
             let mut got = device.blank(&[images * n_patches, n]);
-            device.ops.patchify(&mut got, &there, patch).unwrap();
+            device.ops.patchify(&mut got, &there, 0..images, patch).unwrap();
             for (row, values) in device.get(&got).chunks(n).enumerate() {
                 let (image, top, left) = (row / n_patches, row % n_patches / columns * patch, row % columns * patch);
                 for (i, &value) in values.iter().enumerate() {
@@ -132,7 +132,11 @@ fn patchify_lays_a_patch_out_by_channel_row_column() {
                     assert_eq!(value, rounded(at(image, c, y, x), device.dtype), "{}: {row}, {i}", device.name);
                 }
             }
-            assert!(device.ops.patchify(&mut got, &there, 5).is_err());
+            let mut last = device.blank(&[n_patches, n]);
+            device.ops.patchify(&mut last, &there, 1..2, patch).unwrap();
+            assert_eq!(device.get(&last), device.get(&got)[n_patches * n..], "{}: the second picture alone", device.name);
+            assert!(device.ops.patchify(&mut got, &there, 0..images, 5).is_err());
+            assert!(device.ops.patchify(&mut got, &there, 1..3, patch).is_err());
         }
     }
 }
@@ -300,7 +304,7 @@ fn nothing_is_done_for_no_rows() {
         ops.layer_norm(&mut none(8), &none(8), &w, &w, 1e-5).unwrap();
         ops.silu_mul(&mut none(8), &none(16)).unwrap();
         ops.embed(&mut none(8), &device.blank(&[3, 8]), &[]).unwrap();
-        ops.patchify(&mut none(12), &device.put_f32(&[0, 3, 4, 4], &[]), 2).unwrap();
+        ops.patchify(&mut none(12), &device.put_f32(&[0, 3, 4, 4], &[]), 0..0, 2).unwrap();
         ops.clip_embed(&mut none(8), &none(8), &w, &device.put_f32(&[2, 8], &[0.0; 16])).unwrap();
         ops.copy_rows(&mut none(8), &none(8), &[]).unwrap();
         let mut kv = KvLayer { k: device.blank(&[1, 1, 4, 8]), v: device.blank(&[1, 1, 4, 8]) };
@@ -328,7 +332,7 @@ fn kernels_are_not_launched_on_other_dtypes_or_host_tensors() {
         refused(ops.silu_mul(&mut there(&[4, 8], other), &own2()), "dtype of y");
         refused(ops.silu_mul(&mut there(&[4, 8], own), &host()), "of the host");
         refused(ops.embed(&mut there(&[2, 16], own), &there(&[4, 16], other), &[0, 1]), "dtype of table");
-        refused(ops.patchify(&mut there(&[1, 12], own), &there(&[1, 3, 2, 2], other), 2), "dtype of pixels");
+        refused(ops.patchify(&mut there(&[1, 12], own), &there(&[1, 3, 2, 2], other), 0..1, 2), "dtype of pixels");
         refused(ops.clip_embed(&mut own2(), &there(&[2, 16], own), &w_other, &there(&[2, 16], DType::F32)), "dtype of class");
         refused(ops.copy_rows(&mut there(&[4, 16], other), &there(&[4, 16], other), &[]), "dtype of dst");
         refused(ops.copy_rows(&mut host(), &own2(), &[]), "of the host");

@@ -29,8 +29,11 @@ mod matmul_tests;
 #[path = "../../tests/reference/mod.rs"]
 mod reference;
 
+use std::ops::Range;
+
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::image::{Preprocess, RgbImage, preprocess_into};
 use crate::ops::{
     ArithmeticPeak, Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Run, Span, Weight, check,
 };
@@ -151,9 +154,15 @@ impl Ops for Cpu {
         Ok(())
     }
 
-    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
-        let size = check::patchify(y, pixels, patch_size)?;
-        elementwise::patchify(y.as_mut_slice(), pixels.as_slice(), size, patch_size);
+    fn preprocess(&self, pixels: &mut Tensor, images: &[RgbImage], config: &Preprocess) -> Result<()> {
+        check::preprocess(pixels, images, config)?;
+        preprocess_into(pixels.as_mut_slice(), images, config);
+        Ok(())
+    }
+
+    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, images: Range<usize>, patch_size: usize) -> Result<()> {
+        let size = check::patchify(y, pixels, &images, patch_size)?;
+        elementwise::patchify(y.as_mut_slice(), pixels.as_slice(), images, size, patch_size);
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 mod attention;
 mod dense;
 pub mod driver;
+mod image;
 mod launch;
 mod memory;
 mod norm;

@@ -22,7 +22,7 @@ use crate::cuda::Cuda;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::image::{Fit, Preprocess, RgbImage, preprocess};
+use crate::image::{CHANNELS, Fit, Preprocess, RgbImage};
 use crate::infer::kv::KvCache;
 use crate::infer::runner::{Runner, StageObserver};
 use crate::model::checkpoint::Checkpoint;
@@ -196,12 +196,15 @@ impl Engine {
         self.runner.observe(observer);
     }
 
-    /// Pixels of `images` as the tower takes them: f32 `[images, 3, image_size, image_size]`.
+    /// Pixels of `images` as the tower takes them: f32 `[images, 3, image_size, image_size]`, made on the device.
     pub fn preprocess(&self, images: &[RgbImage]) -> Result<Tensor> {
-        preprocess(images, &self.preprocess)
+        let (ops, side) = (self.runner.ops(), self.preprocess.crop_size);
+        let mut pixels = ops.alloc(&[images.len(), CHANNELS, side, side], DType::F32)?;
+        ops.preprocess(&mut pixels, images, &self.preprocess)?;
+        Ok(pixels)
     }
 
-    /// Features of `pixels` f32 `[images, 3, h, w]`: `[images · tokens per image, hidden]`.
+    /// Features of `pixels` f32 `[images, 3, h, w]` on the device: `[images · tokens per image, hidden]`.
     pub fn encode_image(&mut self, pixels: &Tensor) -> Result<Tensor> {
         self.runner.encode(pixels)
     }

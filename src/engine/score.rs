@@ -77,10 +77,11 @@ impl Engine {
             }
             None => last_logits = logits.to_vec(),
         })?;
-        let on_host = |features: Tensor| {
-            let values = self.runner.ops().download(&features)?;
-            Ok(Tensor::from_slice(features.shape(), &values))
+        let on_host = |tensor: Tensor| {
+            let values = self.runner.ops().download(&tensor)?;
+            Ok(Tensor::from_slice(tensor.shape(), &values))
         };
+        let pixel_values = pixel_values.map(on_host).transpose()?;
         let image_features = image_features.map(on_host).transpose()?;
         Ok(Score { input_ids, is_image, pixel_values, image_features, logprobs, last_logits })
     }

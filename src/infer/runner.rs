@@ -75,7 +75,7 @@ impl Runner {
         self.observer = observer;
     }
 
-    /// Features of `pixels` f32 `[images, 3, h, w]`: `[images · tokens per image, hidden]`.
+    /// Features of `pixels` f32 `[images, 3, h, w]` on the device: `[images · tokens per image, hidden]`.
     pub fn encode(&mut self, pixels: &Tensor) -> Result<Tensor> {
         let Self { ops, model, cancel, observer, .. } = self;
         let mut ctx = Ctx { ops: &**ops, observer: observer.as_mut().map(|o| &mut **o as _), cancel: Some(cancel) };

@@ -58,7 +58,7 @@ impl Llava {
         &self.llama
     }
 
-    /// Features of `pixels` f32 `[images, 3, image_size, image_size]`: `[images · tokens per image, hidden]`.
+    /// Features of `pixels` f32 `[images, 3, image_size, image_size]` on the device: `[images · tokens per image, hidden]`.
     pub fn encode(&self, ctx: &mut Ctx<'_>, pixels: &Tensor) -> Result<Tensor> {
         let n_images = pixels.rows();
         let tokens_per_image = self.config.tokens_per_image();
@@ -66,13 +66,9 @@ impl Llava {
         let mut selected =
             ctx.ops.alloc(&[n_images * tokens_per_image, self.config.vision.hidden_size], ctx.ops.activation_dtype())?;
         let mut acts = ClipActs::plan(ctx.ops, &self.config.vision, n_images.min(IMAGES_AT_ONCE))?;
-        let pixels_per_image = pixels.row_len();
         for first in (0..n_images).step_by(IMAGES_AT_ONCE) {
             let n = IMAGES_AT_ONCE.min(n_images - first);
-            let shape = [&[n], &pixels.shape()[1..]].concat();
-            let values = &pixels.as_slice::<f32>()[first * pixels_per_image..(first + n) * pixels_per_image];
-            let batch = ctx.ops.upload(Tensor::from_slice(&shape, values))?;
-            self.clip.forward(ctx, &mut acts, &batch)?;
+            self.clip.forward(ctx, &mut acts, pixels, first..first + n)?;
             let skip = usize::from(self.config.feature_select == FeatureSelect::Patch); // the class token comes first
             let select = |i| RowCopy { dst: (first + i) * tokens_per_image, src: i * clip_tokens + skip, n_rows: tokens_per_image };
             ctx.ops.copy_rows(&mut selected, &acts.x, &(0..n).map(select).collect::<Vec<_>>())?;

@@ -132,7 +132,7 @@ pub fn measure(args: &Args, subject: &mut Subject) -> Result<Vec<Phase>> {
     let (image_tokens, size, vocab_size) = (config.tokens_per_image(), config.vision.image_size, config.text.vocab_size);
     let (prompt, new) = (args.prompt_tokens, args.new_tokens);
     let pixels: Vec<f32> = (0..3 * size * size).map(|i| (i * 7919 % 4093) as f32 / 2046.5 - 1.0).collect();
-    let pixels = Tensor::from_slice(&[1, 3, size, size], &pixels);
+    let pixels = subject.runner.ops().upload(Tensor::from_slice(&[1, 3, size, size], &pixels))?;
     let id = |i: usize| (i * 31 % vocab_size) as u32;
     let slots: Vec<Slot> = (0..prompt)
         .map(|i| match i.checked_sub(prompt.saturating_sub(image_tokens) / 2) {
