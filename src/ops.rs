@@ -19,7 +19,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::image::{Preprocess, RgbImage};
 use crate::tensor::Tensor;
-pub use peaks::{ArithmeticPeak, Peaks};
+pub use peaks::{ArithmeticPeak, Operands, Peaks};
 
 /// Rows of one sequence within a batch.
 #[derive(Clone, Copy, Debug)]
@@ -128,6 +128,14 @@ impl Matrix {
         match self {
             Self::Dense(tensor) => tensor.bytes(),
             Self::Packed(packed) => packed.bytes(),
+        }
+    }
+
+    /// How its elements are stored, in a word: `bf16`, `int4`.
+    pub fn storage(&self) -> String {
+        match self {
+            Self::Dense(tensor) => tensor.dtype().to_string(),
+            Self::Packed(packed) => packed.format().to_string(),
         }
     }
 

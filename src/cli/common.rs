@@ -12,7 +12,7 @@ use llava_engine::error::{Error, Result};
 use llava_engine::image::{ImageSource, Limits, RgbImage};
 use llava_engine::infer::sampler::SamplingOptions;
 use llava_engine::model::config::Profile;
-use llava_engine::ops::{ArithmeticPeak, Peaks};
+use llava_engine::ops::{ArithmeticPeak, Operands, Peaks};
 
 /// Which model, where, and in what numbers.
 #[derive(clap::Args)]
@@ -90,10 +90,10 @@ impl ModelArgs {
     pub fn report_ops(&self, engine: &Engine) -> Result<()> {
         let Some(records) = engine.op_records() else { return Ok(()) };
         let peaks = engine.measure_peaks()?;
-        let gflops = peaks.limit_gflops(engine.compute_dtype()).unwrap_or(f64::NAN);
         eprintln!("\n{:<18} {:>8} {:>10} {:>8} {:>10} {:>8}", "op", "calls", "ms", "GB/s", "GFLOP/s", "% peak");
         for (op, record) in records {
-            let percent = 100.0 * (record.gbps() / peaks.read_gbps).max(record.gflops() / gflops);
+            let arithmetic = record.arithmetic_ms(&peaks, engine.compute_dtype()).unwrap_or(f64::NAN) / record.ms;
+            let percent = 100.0 * arithmetic.max(record.gbps() / peaks.read_gbps);
             let (calls, ms) = (record.calls, record.ms);
             eprintln!("{op:<18} {calls:>8} {ms:>10.2} {:>8.2} {:>10.1} {percent:>8.1}", record.gbps(), record.gflops());
         }
@@ -104,18 +104,19 @@ impl ModelArgs {
 
 /// Peaks as they stand in JSON documents: the best rate by dtype, null where it was not probed, and every probe by itself.
 pub fn peaks_json(peaks: &Peaks) -> serde_json::Value {
-    let probe = |p: &ArithmeticPeak| serde_json::json!({"dtype": p.dtype.to_string(), "how": p.how, "gflops": p.gflops});
+    let probe = |p: &ArithmeticPeak| serde_json::json!({"dtype": p.operands.to_string(), "how": p.how, "gflops": p.gflops});
     serde_json::json!({
-        "f32_gflops": peaks.gflops(DType::F32),
-        "bf16_gflops": peaks.gflops(DType::Bf16),
-        "f16_gflops": peaks.gflops(DType::F16),
+        "f32_gflops": peaks.gflops(Operands::Float(DType::F32)),
+        "bf16_gflops": peaks.gflops(Operands::Float(DType::Bf16)),
+        "f16_gflops": peaks.gflops(Operands::Float(DType::F16)),
+        "int8_gflops": peaks.gflops(Operands::Int8),
         "probes": peaks.arithmetic.iter().map(probe).collect::<Vec<_>>(),
     })
 }
 
 /// Peaks in a line.
 pub fn peaks_text(peaks: &Peaks) -> String {
-    let probe = |p: &ArithmeticPeak| format!(", {:.1} GFLOP/s {} ({})", p.gflops, p.dtype, p.how);
+    let probe = |p: &ArithmeticPeak| format!(", {:.1} GFLOP/s {} ({})", p.gflops, p.operands, p.how);
     format!("{:.1} GB/s read", peaks.read_gbps) + &peaks.arithmetic.iter().map(probe).collect::<String>()
 }
 

@@ -35,7 +35,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::image::{Preprocess, RgbImage, preprocess_into};
 use crate::ops::{
-    ArithmeticPeak, Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Run, Span, Weight, check,
+    ArithmeticPeak, Draw, Epilogue, Heads, KvLayer, KvSource, Operands, Ops, Peaks, RopeTable, RowCopy, Run, Span, Weight, check,
 };
 use crate::tensor::Tensor;
 use pool::Pool;
@@ -86,10 +86,14 @@ impl Ops for Cpu {
     /// Of the machine, whatever instruction set the ops were told to use.
     fn measure_peaks(&self) -> Result<Peaks> {
         let isa = Isa::detect();
-        let peak = |dtype, how: &str, gflops| ArithmeticPeak { dtype, how: how.to_owned(), gflops };
-        let fma = peak(DType::F32, "fused multiply-adds on registers", probe::fma_gflops(isa, &self.pool));
-        let dot = probe::dpbf16_gflops(isa, &self.pool).map(|gflops| peak(DType::Bf16, "dot products on registers", gflops));
-        Ok(Peaks { read_gbps: probe::read_gbps(&self.pool, PROBE_BYTES), arithmetic: [fma].into_iter().chain(dot).collect() })
+        let peak = |operands, how: &str, gflops| ArithmeticPeak { operands, how: how.to_owned(), gflops };
+        let float = Operands::Float;
+        let fma = peak(float(DType::F32), "fused multiply-adds on registers", probe::fma_gflops(isa, &self.pool));
+        let int8 = peak(Operands::Int8, "dot products of bytes on registers", probe::int8_gflops(isa, &self.pool));
+        let bf16 =
+            probe::dpbf16_gflops(isa, &self.pool).map(|gflops| peak(float(DType::Bf16), "dot products on registers", gflops));
+        let arithmetic = [fma, int8].into_iter().chain(bf16).collect();
+        Ok(Peaks { read_gbps: probe::read_gbps(&self.pool, PROBE_BYTES), arithmetic })
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {

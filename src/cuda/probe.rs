@@ -11,7 +11,7 @@ use super::driver::{Arg, Grid};
 use super::launch::{Kernel, address, int};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{ArithmeticPeak, Epilogue, Peaks, Weight, check};
+use crate::ops::{ArithmeticPeak, Epilogue, Operands, Peaks, Weight, check};
 use crate::tensor::Tensor;
 
 /// Timings of which the best counts, after a call to warm up.
@@ -70,7 +70,7 @@ impl Cuda {
         let w = Weight::stacked(vec![Arc::new(w)])?;
         let mut peak = |maker, name| -> Result<ArithmeticPeak> {
             let gflops = self.best_rate(2 * n * n * n, || self.linear_by(maker, &mut y, &x, &w, None, Epilogue::Store))?;
-            Ok(ArithmeticPeak { dtype: self.dtype, how: format!("{name}, {n} x {n} x {n}"), gflops })
+            Ok(ArithmeticPeak { operands: Operands::Float(self.dtype), how: format!("{name}, {n} x {n} x {n}"), gflops })
         };
         let mut peaks = vec![peak(Maker::Kernels, "our own GEMM")?];
         if self.has_library(n)? {

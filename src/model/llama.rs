@@ -8,7 +8,7 @@ use super::load::Loader;
 use super::stage::{Ctx, Stage};
 use crate::error::Result;
 use crate::nn::{Linear, RmsNorm, rope_table};
-use crate::ops::{Heads, KvLayer, KvSource, RopeTable, RowCopy, Span, Weight};
+use crate::ops::{Heads, KvLayer, KvSource, Matrix, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 /// The decoder.
@@ -25,12 +25,15 @@ impl Llama {
     pub fn load(loader: &Loader<'_>, config: &LlamaConfig, context_tokens: usize) -> Result<Self> {
         let table = [config.vocab_size, config.hidden_size];
         let embedding = loader.matrix("llama.embed_tokens.weight", &table)?;
-        let head = if config.tie_word_embeddings { embedding.clone() } else { loader.matrix("llama.lm_head.weight", &table)? };
+        let head = match config.tie_word_embeddings {
+            true => Matrix::Dense(embedding.clone()),
+            false => loader.module("llama.lm_head", config.vocab_size, config.hidden_size)?,
+        };
         Ok(Self {
             embedding,
             blocks: (0..config.n_layers).map(|i| Block::load(loader, config, i)).collect::<Result<_>>()?,
             norm: loader.rms_norm("llama.norm", config.hidden_size, config.rms_norm_eps)?,
-            head: Linear { weight: Weight::stacked(vec![head])?, bias: None },
+            head: Linear { weight: Weight::of(vec![head])?, bias: None },
             rope: rope_table(loader.ops, context_tokens, config.head_dim, config.rope_theta, &config.rope_scaling)?,
         })
     }
@@ -83,6 +86,11 @@ impl Llama {
             take(logits)?;
         }
         Ok(())
+    }
+
+    /// How the matrices of its layers are stored, as the first of them is.
+    pub fn weights(&self) -> String {
+        self.blocks.first().map_or(&self.head, |block| &block.qkv).weight.parts[0].storage()
     }
 
     /// Number of layers: as many as a KV cache must have.
