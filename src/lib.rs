@@ -32,6 +32,7 @@ pub mod model;
 pub mod nn;
 pub mod ops;
 pub mod profile;
+pub mod quantize;
 pub mod tensor;
 pub mod text;
 pub mod weights;

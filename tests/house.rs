@@ -8,7 +8,7 @@ const MAX_LINES: usize = 600;
 const LONG_FILES: [(&str, &str); 0] = [];
 
 /// What each module of the library may import from the crate; imports go down only.
-const LAYERS: [(&str, &[&str]); 19] = [
+const LAYERS: [(&str, &[&str]); 20] = [
     ("error", &[]),
     ("dtype", &["error"]),
     ("tensor", &["error", "dtype"]),
@@ -35,6 +35,7 @@ const LAYERS: [(&str, &[&str]); 19] = [
             "weights",
         ],
     ),
+    ("quantize", &["error", "dtype", "tensor", "ops", "cpu", "weights", "model"]),
     ("capi", &["error", "dtype", "device", "engine", "image", "infer", "text", "model"]),
     ("lib", &[]),
     ("main", &[]),

@@ -102,6 +102,12 @@ impl ModelArgs {
     }
 }
 
+/// A bar on standard error; draws nothing where that is no terminal.
+pub fn progress(template: &str) -> indicatif::ProgressBar {
+    let style = indicatif::ProgressStyle::with_template(template);
+    indicatif::ProgressBar::new(0).with_style(style.unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()))
+}
+
 /// Peaks as they stand in JSON documents: the best rate by dtype, null where it was not probed, and every probe by itself.
 pub fn peaks_json(peaks: &Peaks) -> serde_json::Value {
     let probe = |p: &ArithmeticPeak| serde_json::json!({"dtype": p.operands.to_string(), "how": p.how, "gflops": p.gflops});
@@ -217,7 +223,7 @@ pub fn one_line(message: &str) -> String {
 }
 
 /// The model that ships with the project: beside the binary, in the installation's share folder, or in the source tree.
-fn demo_model() -> Result<PathBuf> {
+pub fn demo_model() -> Result<PathBuf> {
     let exe = std::env::current_exe().and_then(std::fs::canonicalize).unwrap_or_default();
     let beside = exe.ancestors().skip(1).flat_map(|dir| [dir.join("models/demo"), dir.join("share/llava-engine/demo")]);
     let source_tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");

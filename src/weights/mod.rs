@@ -13,6 +13,7 @@ pub mod random;
 pub mod recipe;
 pub mod safetensors;
 pub mod torch_zip;
+pub mod write;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -146,6 +147,11 @@ impl Store {
             self.tensors.push(Stored { canonical, file: file.clone(), located });
         }
         Ok(())
+    }
+
+    /// The checkpoint's folder.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Whether there is a tensor of this canonical name.
