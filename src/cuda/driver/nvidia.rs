@@ -283,11 +283,15 @@ impl Driver for Nvidia {
         unsafe {
             result::stream::begin_capture(self.stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(failed("begin capture"))?;
             let noted = launches.iter().try_for_each(|launch| self.launch(launch));
-            let graph = result::stream::end_capture(self.stream).map_err(failed("end capture"))?;
+            let graph = result::stream::end_capture(self.stream);
+            // A launch that was refused spoils the capture: its own error comes first.
             let made = noted.and_then(|()| {
+                let graph = graph.map_err(failed("end capture"))?;
                 result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).map_err(failed("instantiate graph"))
             });
-            let _ = result::graph::destroy(graph); // the executable copy is what is launched
+            if let Ok(graph) = graph {
+                let _ = result::graph::destroy(graph); // the executable copy is what is launched
+            }
             let mut table = self.table();
             table.graphs.push(Some(made?));
             Ok(GraphId(table.graphs.len() - 1))
