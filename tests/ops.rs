@@ -4,6 +4,7 @@
 mod reference;
 mod support;
 
+use llava_engine::checked::Checked;
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
 use llava_engine::ops::{Heads, KvLayer, Ops, RopeTable, RowCopy, Span};
@@ -340,5 +341,22 @@ fn kernels_are_not_launched_on_other_dtypes_or_host_tensors() {
         let mut kv = KvLayer { k: there(&[1, 1, 4, 8], other), v: there(&[1, 1, 4, 8], other) };
         let rope = RopeTable { cos: there(&[4, 4], DType::F32), sin: there(&[4, 4], DType::F32) };
         refused(ops.rope_append(&mut there(&[4, 24], own), &mut kv, &rope, &[], heads), "dtype of key cache");
+    }
+}
+
+/// Of a result, what is no finite number is found where an op has written it, and nowhere else.
+#[test]
+fn checks_look_at_what_an_op_has_written() {
+    for device in devices() {
+        let values = [f32::NAN, 1.0, 2.0, 4.0, 3.0, f32::INFINITY];
+        let (mut dst, src) = (device.put(&[3, 2], &values), device.put(&[3, 2], &values));
+        let checked = Checked::new(device.ops, None, true);
+        let mut copy_to_row_1 = |src_row| checked.copy_rows(&mut dst, &src, &[RowCopy { dst: 1, src: src_row, n_rows: 1 }]);
+        let found = [0, 2].map(|row| copy_to_row_1(row).unwrap_err().to_string());
+        let [nan, inf] =
+            ["NaN at row 1, column 0", "inf at row 1, column 1"].map(|at| format!("copy_rows: output dst [3, 2] has {at}"));
+        assert_eq!(found, [nan, inf], "{}", device.name);
+        // The rows around it are not this op's.
+        copy_to_row_1(1).unwrap();
     }
 }

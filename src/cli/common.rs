@@ -44,6 +44,10 @@ pub struct ModelArgs {
     /// Does every op again on the CPU in f32 and stops at the first that differs; for debugging, slow
     #[arg(long)]
     pub check_ops: bool,
+    /// Looks for NaN and infinity after every op and stops at the first, with its layer (counted from 0, as in the checkpoint) and op; for
+    /// debugging, slow
+    #[arg(long)]
+    pub check_nan: bool,
 }
 
 impl ModelArgs {
@@ -69,6 +73,7 @@ impl ModelArgs {
             n_contexts: 1,
             profile_ops: self.profile,
             check_ops: self.check_ops,
+            check_nan: self.check_nan,
         })
     }
 

@@ -41,6 +41,10 @@ kernels! {
     Gemm "gemm"
     GemmSmall "gemm_small"
     Gemv "gemv"
+    GemvPacked4 "gemv_packed4"
+    GemvPacked8 "gemv_packed8"
+    Unpack4 "unpack4"
+    Unpack8 "unpack8"
     ProbeRead "probe_read_f32"
 }
 

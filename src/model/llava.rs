@@ -40,12 +40,19 @@ impl Llava {
     /// Loads the model; `dtype` converts matrices, `None` keeps them as they are stored.
     pub fn load(ops: &dyn Ops, config: &LlavaConfig, weights: &dyn Source, dtype: Option<DType>) -> Result<Self> {
         let loader = Loader { ops, weights, dtype };
-        Ok(Self {
-            clip: Clip::load(&loader, &config.vision, config.n_vision_layers)?,
-            projector: Projector::load(&loader, &config.projector, config.vision.hidden_size, config.text.hidden_size)?,
-            llama: Llama::load(&loader, &config.text, config.context_tokens)?,
-            config: config.clone(),
-        })
+        let load = || {
+            Ok(Self {
+                clip: Clip::load(&loader, &config.vision, config.n_vision_layers)?,
+                projector: Projector::load(&loader, &config.projector, config.vision.hidden_size, config.text.hidden_size)?,
+                llama: Llama::load(&loader, &config.text, config.context_tokens)?,
+                config: config.clone(),
+            })
+        };
+        let advice = match dtype {
+            Some(DType::F32) => "take --dtype bf16, which halves them, or run with --device cpu",
+            _ => "take a smaller model, or run with --device cpu",
+        };
+        load().map_err(|e: Error| e.lacking_for("the model's weights", advice))
     }
 
     /// Its configuration.
@@ -71,10 +78,11 @@ impl Llava {
             self.clip.forward(ctx, &mut acts, pixels, first..first + n)?;
             let skip = usize::from(self.config.feature_select == FeatureSelect::Patch); // the class token comes first
             let select = |i| RowCopy { dst: (first + i) * tokens_per_image, src: i * clip_tokens + skip, n_rows: tokens_per_image };
-            ctx.ops.copy_rows(&mut selected, &acts.x, &(0..n).map(select).collect::<Vec<_>>())?;
+            let selection: Vec<_> = (0..n).map(select).collect();
+            ctx.ops.copy_rows(&mut selected, &acts.x, &selection).map_err(|e| e.within("vision outputs"))?;
         }
         ctx.observe(Stage::ClipSelected, &selected)?;
-        let features = self.projector.forward(ctx.ops, selected)?;
+        let features = self.projector.forward(ctx.ops, selected).map_err(|e| e.within("projector"))?;
         ctx.observe(Stage::ImageFeatures, &features)?;
         Ok(features)
     }
@@ -109,7 +117,7 @@ impl Llava {
         first_output: usize,
         take: impl FnMut(&Tensor) -> Result<()>,
     ) -> Result<()> {
-        self.embed(ctx, acts, slots, features)?;
+        self.embed(ctx, acts, slots, features).map_err(|e| e.within("input embeddings"))?;
         let outputs = RowCopy { dst: 0, src: first_output.min(slots.len()), n_rows: slots.len().saturating_sub(first_output) };
         self.llama.forward(ctx, acts, kv, spans, &[outputs])?;
         if outputs.n_rows > 0 { self.llama.logits(ctx, acts, take) } else { Ok(()) }
