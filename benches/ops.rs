@@ -21,10 +21,11 @@ fn main() {
     let cpu = common::cpu();
     let dtypes = [DType::F32, DType::Bf16];
     let linears = dtypes.into_iter().flat_map(common::linears);
-    for case in linears.chain(common::attentions(&dtypes)).chain(common::small_ops()) {
+    let packed = [4, 8].into_iter().flat_map(common::packed_linears);
+    for case in linears.chain(packed).chain(common::attentions(&dtypes)).chain(common::small_ops()) {
         let mut group = criterion.benchmark_group(case.op);
         group.throughput(match case.work {
-            Work::Flops(n) => Throughput::Elements(n as u64),
+            Work::Flops(n) | Work::IntOps(n) => Throughput::Elements(n as u64),
             Work::Bytes(n) => Throughput::Bytes(n as u64),
         });
         // Criterion calls this several times, or never if the filter leaves the case out.

@@ -38,7 +38,8 @@ fn main() {
     println!("{}", bench.cpu.name());
 
     let linears = [DType::F32, DType::Bf16, DType::F16].into_iter().flat_map(common::linears);
-    for case in linears.chain(common::attentions(&[DType::F32, DType::Bf16])) {
+    let packed = [4, 8].into_iter().flat_map(common::packed_linears);
+    for case in linears.chain(packed).chain(common::attentions(&[DType::F32, DType::Bf16])) {
         let name = format!("{} {}", case.op, case.shape);
         if filter.as_ref().is_none_or(|filter| name.contains(filter)) {
             bench.report(&name, &case);
@@ -51,11 +52,13 @@ impl Bench {
     fn report(&self, name: &str, case: &Case) {
         let probe = || match case.work {
             Work::Flops(_) => probe::fma_once(self.isa, &self.pool),
+            Work::IntOps(_) => probe::int8_once(self.isa, &self.pool),
             Work::Bytes(_) => probe::read_once(&self.pool, &self.stream),
         };
         // What bytes bound is over too soon to be timed alone.
         let (unit, work, calls) = match case.work {
             Work::Flops(n) => ("GFLOP/s", n, 1),
+            Work::IntOps(n) => ("GOP/s", n, 1),
             Work::Bytes(n) => ("GB/s", n, STREAM_BYTES.div_ceil(n)),
         };
         let mut call = case.prepare(&self.cpu);

@@ -7,14 +7,10 @@
 // Grid: one block for 16 rows of a part of W. What a block reads of W first is asked for before it waits for the launch that makes x. W goes straight from memory to registers, past L1; x stays in L1, where the blocks of a multiprocessor
 // share it. Shared memory: one f32 for each warp, row and token, 4 KiB. Registers (sm_90a): 126, f32 79: 2 and 3 blocks a multiprocessor.
 // Sums in f32, in an order that depends on k alone: the same from run to run, and for a token whatever tokens stand beside it.
-#include "gemm.cuh"
+#include "gemv.cuh"
 #include "mma.cuh"
 
 namespace {
-
-constexpr int WARPS = 8, THREADS = WARPS * WARP;
-// Rows of W of a block, and the most tokens: M and N of the tensor cores' instruction.
-constexpr int ROWS = 16, MAX_TOKENS = 8;
 
 // Whether rows can be read 16 bytes at a time.
 template <typename T> __device__ inline bool can_load_vectors(const T* x, const T* w, int k) {
@@ -86,19 +82,8 @@ __device__ inline void gemv_half(const Output<T>& out, int first_row, const T* x
         now = next;
     }
 
-    // shared [WARPS, MAX_TOKENS, ROWS]
-    float* sums = shared + warp * MAX_TOKENS * ROWS;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[(pair * 2 + i % 2) * ROWS + group + i / 2 * 8] = acc[i];
-    __syncthreads();
-    if (threadIdx.x < MAX_TOKENS * ROWS) {
-        float sum[1] = {0.0f};
-#pragma unroll
-        for (int i = 0; i < WARPS; ++i) sum[0] += shared[i * MAX_TOKENS * ROWS + threadIdx.x];
-        const int col = first_row + threadIdx.x % ROWS;
-        sum[0] += out.bias_of(col);
-        out.put(threadIdx.x / ROWS, col, sum);
-    }
+    leave_sums(acc, shared);
+    finish_rows(out, first_row, shared);
 }
 
 // ---------------------------------------------------------------- f32: multiply-adds

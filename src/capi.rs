@@ -75,7 +75,7 @@ fn status_of(error: &Error) -> i32 {
         Error::Image { .. } => LLAVA_BAD_IMAGE,
         Error::Context { .. } => LLAVA_CONTEXT_FULL,
         Error::Unsupported(_) | Error::Cancelled => LLAVA_UNSUPPORTED,
-        Error::Device { .. } => LLAVA_DEVICE,
+        Error::Device { .. } | Error::Check { .. } | Error::Memory { .. } => LLAVA_DEVICE,
     }
 }
 
@@ -119,6 +119,7 @@ struct OpenRequest {
     device: Option<String>,
     dtype: Option<String>,
     check_ops: bool,
+    check_nan: bool,
     threads: usize,
     model_base: Option<PathBuf>,
     preprocess: Option<String>,
@@ -145,6 +146,7 @@ impl OpenRequest {
             n_contexts: 1,
             profile_ops: false,
             check_ops: self.check_ops,
+            check_nan: self.check_nan,
         })
     }
 }
@@ -221,8 +223,8 @@ pub extern "C" fn llava_last_error() -> *const c_char {
 
 /// Opens the model in the folder, or of the hub id, `model`, and stores the engine in `*engine`.
 ///
-/// `options_json` is null or an object with any of: `device`, `dtype`, `check_ops`, `threads`, `model_base`, `preprocess`, `template`,
-/// `context_tokens`. They mean what the flags of the command line mean.
+/// `options_json` is null or an object with any of: `device`, `dtype`, `check_ops`, `check_nan`, `threads`, `model_base`, `preprocess`,
+/// `template`, `context_tokens`. They mean what the flags of the command line mean.
 ///
 /// # Safety
 /// `model` and `options_json` are null or C strings; `engine` is null or points to a pointer that may be written.

@@ -1,26 +1,31 @@
-//! [`Checked`]: a device whose every op is done again by a reference, for finding the first that differs.
+//! [`Checked`]: a device whose every op is looked at when it is done, for finding the first that goes wrong: its results may be compared
+//! with those of a reference, and searched for what is no finite number.
 //!
-//! Operands are brought to the host before an op runs, the reference computes from those, and both results are compared. Nothing of the
-//! reference is carried on to the next op, so an op is judged alone. It is slow: weights travel with every op.
+//! For the reference, operands are brought to the host before an op runs, and it computes from those. Nothing of it is carried on to the
+//! next op, so an op is judged alone. It is slow: weights travel with every op. Errors name the op, and the model adds the layer.
 
 use std::fmt::Display;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::image::{Preprocess, RgbImage};
 use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
-/// A device that is checked against another, which computes in f32 on the host.
+/// A device that is checked.
 pub struct Checked {
-    reference: Box<dyn Ops>,
     device: Box<dyn Ops>,
+    reference: Option<Box<dyn Ops>>,
+    finite: bool,
 }
 
 impl Checked {
-    /// Compares every op of `device` with that of `reference`.
-    pub fn new(reference: Box<dyn Ops>, device: Box<dyn Ops>) -> Self {
-        Self { reference, device }
+    /// Checks every op of `device`: compares it with that of `reference`, which computes in f32 on the host, if there is one; refuses NaN and
+    /// infinity, if all is to be `finite`.
+    pub fn new(device: Box<dyn Ops>, reference: Option<Box<dyn Ops>>, finite: bool) -> Self {
+        Self { device, reference, finite }
     }
 
     /// A tensor of the device as f32 on the host.
@@ -42,8 +47,45 @@ impl Checked {
         Ok(Weight { parts: parts.collect::<Result<_>>()?, first_col: w.first_col })
     }
 
+    /// What `run` makes of a copy of `y` with the reference, if there is one.
+    fn expect(&self, y: &Tensor, run: impl FnOnce(&dyn Ops, &mut Tensor) -> Result<()>) -> Result<Option<Tensor>> {
+        let Some(reference) = &self.reference else { return Ok(None) };
+        let mut expected = self.host(y)?;
+        run(&**reference, &mut expected)?;
+        Ok(Some(expected))
+    }
+
+    /// Looks at a result of `op`.
+    fn check(&self, op: &'static str, what: &str, got: &Tensor, expected: Option<Tensor>) -> Result<()> {
+        self.check_rows(op, what, got, expected, |_| true)
+    }
+
+    /// Looks at a result of `op`, which has written those rows that `is_written` says.
+    fn check_rows(
+        &self,
+        op: &'static str,
+        what: &str,
+        got: &Tensor,
+        expected: Option<Tensor>,
+        is_written: impl Fn(usize) -> bool,
+    ) -> Result<()> {
+        // Launches are made when results are asked for: what goes wrong with them shows here.
+        let values = self.device.download(got).map_err(|e| Error::check(op, e))?;
+        if self.finite {
+            let rows = values.chunks(got.row_len().max(1)).enumerate().filter(|(row, _)| is_written(*row));
+            for (row, values) in rows {
+                if let Some(column) = values.iter().position(|v| !v.is_finite()) {
+                    let (shape, value) = (got.shape(), values[column]);
+                    let problem = format!("output {what} {shape:?} has {value} at row {row}, column {column}");
+                    return Err(Error::check(op, problem));
+                }
+            }
+        }
+        expected.map_or(Ok(()), |expected| self.compare(op, what, got, &values, &expected))
+    }
+
     /// Stops at a result that is off by more than rounding explains: a share of the largest value that depends on the dtype.
-    fn compare(&self, op: &'static str, what: &str, got: &Tensor, expected: &Tensor) -> Result<()> {
+    fn compare(&self, op: &'static str, what: &str, got: &Tensor, values: &[f32], expected: &Tensor) -> Result<()> {
         // The operands are the same, rounded as the device holds them; what is left is the rounding of results and the order of sums.
         let allowed = match got.dtype() {
             DType::F32 => 1e-4,
@@ -51,7 +93,7 @@ impl Checked {
             DType::Bf16 => 3e-2,
             DType::I32 => 0.0,
         };
-        let (values, expected) = (self.device.download(got)?, expected.to_f32());
+        let expected = expected.to_f32();
         let largest = expected.iter().fold(0f32, |m, v| m.max(v.abs()));
         let limit = allowed * largest.max(1e-3);
         let bad = values.iter().zip(&expected).position(|(g, e)| {
@@ -70,8 +112,8 @@ impl Checked {
 
     /// The error of element `i`.
     fn differs(&self, op: &str, what: &str, got: &Tensor, i: usize, value: impl Display, expected: impl Display) -> Error {
-        let reference = self.reference.name();
-        Error::device(
+        let reference = self.reference.as_ref().map_or_else(String::new, |r| r.name());
+        Error::check(
             op,
             format!("{what} {got:?} differs from the reference ({reference}): element {i} is {value}, expected {expected}"),
         )
@@ -80,7 +122,8 @@ impl Checked {
 
 impl Ops for Checked {
     fn name(&self) -> String {
-        format!("{}, checked against {}", self.device.name(), self.reference.name())
+        let against = self.reference.as_ref().map(|r| format!(", checked against {}", r.name())).unwrap_or_default();
+        self.device.name() + &against + if self.finite { ", checked for NaN" } else { "" }
     }
 
     fn activation_dtype(&self) -> DType {
@@ -108,63 +151,74 @@ impl Ops for Checked {
     }
 
     fn linear(&self, y: &mut Tensor, x: &Tensor, w: &Weight, bias: Option<&Tensor>, epilogue: Epilogue) -> Result<()> {
-        let (mut expected, hx, hw) = (self.host(y)?, self.host(x)?, self.host_weight(w)?);
-        let bias_host = bias.map(|b| self.host(b)).transpose()?;
-        self.reference.linear(&mut expected, &hx, &hw, bias_host.as_ref(), epilogue)?;
+        let expected = self.expect(y, |reference, expected| {
+            let bias_host = bias.map(|b| self.host(b)).transpose()?;
+            reference.linear(expected, &self.host(x)?, &self.host_weight(w)?, bias_host.as_ref(), epilogue)
+        })?;
         self.device.linear(y, x, w, bias, epilogue)?;
-        self.compare("linear", "y", y, &expected)
+        self.check("linear", "y", y, expected)
     }
 
     fn rms_norm(&self, y: &mut Tensor, x: &Tensor, w: &Tensor, eps: f32) -> Result<()> {
-        let mut expected = self.host(y)?;
-        self.reference.rms_norm(&mut expected, &self.host(x)?, &self.host(w)?, eps)?;
+        let expected = self.expect(y, |reference, expected| reference.rms_norm(expected, &self.host(x)?, &self.host(w)?, eps))?;
         self.device.rms_norm(y, x, w, eps)?;
-        self.compare("rms_norm", "y", y, &expected)
+        self.check("rms_norm", "y", y, expected)
     }
 
     fn layer_norm(&self, y: &mut Tensor, x: &Tensor, w: &Tensor, b: &Tensor, eps: f32) -> Result<()> {
-        let mut expected = self.host(y)?;
-        self.reference.layer_norm(&mut expected, &self.host(x)?, &self.host(w)?, &self.host(b)?, eps)?;
+        let expected = self
+            .expect(y, |reference, expected| reference.layer_norm(expected, &self.host(x)?, &self.host(w)?, &self.host(b)?, eps))?;
         self.device.layer_norm(y, x, w, b, eps)?;
-        self.compare("layer_norm", "y", y, &expected)
+        self.check("layer_norm", "y", y, expected)
     }
 
     fn silu_mul(&self, y: &mut Tensor, gate_up: &Tensor) -> Result<()> {
-        let mut expected = self.host(y)?;
-        self.reference.silu_mul(&mut expected, &self.host(gate_up)?)?;
+        let expected = self.expect(y, |reference, expected| reference.silu_mul(expected, &self.host(gate_up)?))?;
         self.device.silu_mul(y, gate_up)?;
-        self.compare("silu_mul", "y", y, &expected)
+        self.check("silu_mul", "y", y, expected)
     }
 
     fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
-        let mut expected = self.host(y)?;
-        self.reference.embed(&mut expected, &self.host(table)?, ids)?;
+        let expected = self.expect(y, |reference, expected| reference.embed(expected, &self.host(table)?, ids))?;
         self.device.embed(y, table, ids)?;
-        self.compare("embed", "y", y, &expected)
+        self.check("embed", "y", y, expected)
     }
 
-    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
-        let mut expected = self.host(y)?;
-        self.reference.patchify(&mut expected, &self.host(pixels)?, patch_size)?;
-        self.device.patchify(y, pixels, patch_size)?;
-        self.compare("patchify", "y", y, &expected)
+    fn preprocess(&self, pixels: &mut Tensor, images: &[RgbImage], config: &Preprocess) -> Result<()> {
+        let expected = self.expect(pixels, |reference, expected| reference.preprocess(expected, images, config))?;
+        self.device.preprocess(pixels, images, config)?;
+        self.check("preprocess", "pixels", pixels, expected)
+    }
+
+    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, images: Range<usize>, patch_size: usize) -> Result<()> {
+        let expected =
+            self.expect(y, |reference, expected| reference.patchify(expected, &self.host(pixels)?, images.clone(), patch_size))?;
+        self.device.patchify(y, pixels, images, patch_size)?;
+        self.check("patchify", "y", y, expected)
     }
 
     fn clip_embed(&self, y: &mut Tensor, patches: &Tensor, class: &Tensor, positions: &Tensor) -> Result<()> {
-        let mut expected = self.host(y)?;
-        self.reference.clip_embed(&mut expected, &self.host(patches)?, &self.host(class)?, &self.host(positions)?)?;
+        let expected = self.expect(y, |reference, expected| {
+            reference.clip_embed(expected, &self.host(patches)?, &self.host(class)?, &self.host(positions)?)
+        })?;
         self.device.clip_embed(y, patches, class, positions)?;
-        self.compare("clip_embed", "y", y, &expected)
+        self.check("clip_embed", "y", y, expected)
     }
 
     fn rope_append(&self, qkv: &mut Tensor, kv: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) -> Result<()> {
-        let (mut expected, mut expected_kv) = (self.host(qkv)?, self.host_kv(kv)?);
-        let table = RopeTable { cos: self.host(&rope.cos)?, sin: self.host(&rope.sin)? };
-        self.reference.rope_append(&mut expected, &mut expected_kv, &table, spans, heads)?;
+        let mut expected_kv = None;
+        let expected = self.expect(qkv, |reference, expected| {
+            let table = RopeTable { cos: self.host(&rope.cos)?, sin: self.host(&rope.sin)? };
+            reference.rope_append(expected, expected_kv.insert(self.host_kv(kv)?), &table, spans, heads)
+        })?;
         self.device.rope_append(qkv, kv, rope, spans, heads)?;
-        self.compare("rope_append", "qkv", qkv, &expected)?;
-        self.compare("rope_append", "key cache", &kv.k, &expected_kv.k)?;
-        self.compare("rope_append", "value cache", &kv.v, &expected_kv.v)
+        self.check("rope_append", "qkv", qkv, expected)?;
+        // Only the reference knows which of the cache is whose: the rest holds what earlier sequences have left.
+        if let Some(KvLayer { k, v }) = expected_kv {
+            self.compare("rope_append", "key cache", &kv.k, &self.device.download(&kv.k)?, &k)?;
+            self.compare("rope_append", "value cache", &kv.v, &self.device.download(&kv.v)?, &v)?;
+        }
+        Ok(())
     }
 
     fn attention(
@@ -176,27 +230,30 @@ impl Ops for Checked {
         heads: Heads,
         causal: bool,
     ) -> Result<()> {
-        let (mut expected, host_qkv) = (self.host(out)?, self.host(qkv)?);
-        let layer = match kv {
-            KvSource::Own => None,
-            KvSource::Paged(layer) => Some(self.host_kv(layer)?),
-        };
-        let source = layer.as_ref().map_or(KvSource::Own, KvSource::Paged);
-        self.reference.attention(&mut expected, &host_qkv, source, spans, heads, causal)?;
+        let expected = self.expect(out, |reference, expected| {
+            let layer = match kv {
+                KvSource::Own => None,
+                KvSource::Paged(layer) => Some(self.host_kv(layer)?),
+            };
+            let source = layer.as_ref().map_or(KvSource::Own, KvSource::Paged);
+            reference.attention(expected, &self.host(qkv)?, source, spans, heads, causal)
+        })?;
         self.device.attention(out, qkv, kv, spans, heads, causal)?;
-        self.compare("attention", "out", out, &expected)
+        self.check("attention", "out", out, expected)
     }
 
     fn copy_rows(&self, dst: &mut Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()> {
-        let mut expected = self.host(dst)?;
-        self.reference.copy_rows(&mut expected, &self.host(src)?, copies)?;
+        let expected = self.expect(dst, |reference, expected| reference.copy_rows(expected, &self.host(src)?, copies))?;
         self.device.copy_rows(dst, src, copies)?;
-        self.compare("copy_rows", "dst", dst, &expected)
+        // Other rows may hold what an earlier pass has left there.
+        let is_written = |row| copies.iter().any(|c| (c.dst..c.dst + c.n_rows).contains(&row));
+        self.check_rows("copy_rows", "dst", dst, expected, is_written)
     }
 
     fn sample(&self, ids: &mut Tensor, logits: &Tensor, seen: &mut Tensor, draws: &[Draw]) -> Result<()> {
+        let Some(reference) = &self.reference else { return self.device.sample(ids, logits, seen, draws) };
         let (mut expected, mut expected_seen) = (self.device.to_host(ids)?, self.device.to_host(seen)?);
-        self.reference.sample(&mut expected, &self.host(logits)?, &mut expected_seen, draws)?;
+        reference.sample(&mut expected, &self.host(logits)?, &mut expected_seen, draws)?;
         self.device.sample(ids, logits, seen, draws)?;
         self.compare_i32("sample", "ids", ids, &expected)?;
         self.compare_i32("sample", "seen", seen, &expected_seen)

@@ -89,6 +89,31 @@ pub enum Error {
         /// What the device said, or what is wrong with the launch.
         problem: String,
     },
+    /// What a check of ops has found.
+    #[error("{place}: {problem}")]
+    Check {
+        /// The op, and the part of the model that it stands in.
+        place: String,
+        /// What is wrong with its results.
+        problem: String,
+    },
+    /// Memory that a device does not have.
+    #[error(
+        "out of device memory for {purpose}: {} more are needed at once, {} of {} are free: {advice}",
+        size(*needed), size(*free), size(*total)
+    )]
+    Memory {
+        /// What it was for.
+        purpose: String,
+        /// Bytes that were asked for.
+        needed: usize,
+        /// Bytes that are free.
+        free: usize,
+        /// Bytes that the device has.
+        total: usize,
+        /// What to do.
+        advice: String,
+    },
     /// Ended on request before it was done.
     #[error("cancelled")]
     Cancelled,
@@ -133,6 +158,34 @@ impl Error {
         Self::Device { op: op.into(), problem: problem.to_string() }
     }
 
+    /// Something wrong with the results of an op.
+    pub fn check(op: &str, problem: impl fmt::Display) -> Self {
+        Self::Check { place: op.to_owned(), problem: problem.to_string() }
+    }
+
+    /// If this was found by a check of ops: the part of the model that the op stands in, which only the model knows. Other errors of ops
+    /// may be those of launches that were queued before, in another part.
+    pub fn within(mut self, part: impl fmt::Display) -> Self {
+        if let Self::Check { place, .. } = &mut self {
+            *place = format!("{part}, {place}");
+        }
+        self
+    }
+
+    /// A device that has not as much memory as was asked for.
+    pub fn memory(needed: usize, free: usize, total: usize) -> Self {
+        let advice = "give the device less to do at once, or run with --device cpu".to_owned();
+        Self::Memory { purpose: "the work at hand".to_owned(), needed, free, total, advice }
+    }
+
+    /// If this is a lack of memory: what it was for, and what to do, which only the caller knows.
+    pub fn lacking_for(mut self, what: impl fmt::Display, what_to_do: impl fmt::Display) -> Self {
+        if let Self::Memory { purpose, advice, .. } = &mut self {
+            (*purpose, *advice) = (what.to_string(), what_to_do.to_string());
+        }
+        self
+    }
+
     /// An operand of `op` that does not fit.
     pub fn shape(op: &'static str, what: impl Into<String>, expected: impl fmt::Debug, got: impl fmt::Debug) -> Self {
         Self::Shape { op, what: what.into(), expected: format!("{expected:?}"), got: format!("{got:?}") }
@@ -145,4 +198,11 @@ impl Error {
             _ => 1,
         }
     }
+}
+
+/// A number of bytes for people.
+pub fn size(bytes: usize) -> String {
+    let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let unit = units.iter().find(|(shift, _)| bytes >> shift > 0);
+    unit.map_or_else(|| format!("{bytes} bytes"), |(shift, name)| format!("{:.1} {name}", bytes as f64 / f64::from(1 << shift)))
 }

@@ -11,7 +11,7 @@
 //! | [`ops`] | [`ops::Ops`], what a device does, each op with its equation |
 //! | [`cpu`] | the CPU device |
 //! | [`cuda`] | the CUDA device, on a GPU or in the kernel simulator |
-//! | [`profile`], [`checked`] | a device whose ops are timed, or compared with another's |
+//! | [`profile`], [`checked`] | a device whose ops are timed, or whose results are checked |
 //! | [`image`] | from a file to pixels, as Pillow does it |
 //! | [`text`] | tokenizers, templates, streaming |
 //! | [`weights`] | checkpoint files, mapped |
@@ -32,6 +32,7 @@ pub mod model;
 pub mod nn;
 pub mod ops;
 pub mod profile;
+pub mod quantize;
 pub mod tensor;
 pub mod text;
 pub mod weights;

@@ -12,12 +12,14 @@ pub mod sample;
 pub use packed::Packed;
 pub use sample::Draw;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::image::{Preprocess, RgbImage};
 use crate::tensor::Tensor;
-pub use peaks::{ArithmeticPeak, Peaks};
+pub use peaks::{ArithmeticPeak, Operands, Peaks};
 
 /// Rows of one sequence within a batch.
 #[derive(Clone, Copy, Debug)]
@@ -126,6 +128,14 @@ impl Matrix {
         match self {
             Self::Dense(tensor) => tensor.bytes(),
             Self::Packed(packed) => packed.bytes(),
+        }
+    }
+
+    /// How its elements are stored, in a word: `bf16`, `int4`.
+    pub fn storage(&self) -> String {
+        match self {
+            Self::Dense(tensor) => tensor.dtype().to_string(),
+            Self::Packed(packed) => packed.format().to_string(),
         }
     }
 
@@ -288,9 +298,13 @@ pub trait Ops: Send + Sync {
     /// y\[i\] = table\[ids\[i\]\]: table `[vocab, hidden]`, y `[ids.len(), hidden]`.
     fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()>;
 
-    /// Cuts pictures into patches: pixels `[images, 3, h, w]` → y `[images·(h/p)·(w/p), 3·p·p]`, a patch in (channel, row, column) order,
-    /// as the weights of CLIP's convolution lie.
-    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()>;
+    /// Resizes, crops or pads, and normalises: host pictures of any size → pixels f32 `[images, 3, crop_size, crop_size]`, the same in
+    /// every bit as [`image::preprocess`](crate::image::preprocess) makes them.
+    fn preprocess(&self, pixels: &mut Tensor, images: &[RgbImage], config: &Preprocess) -> Result<()>;
+
+    /// Cuts the pictures `images` of pixels f32 `[n, 3, h, w]` into patches: y `[images·(h/p)·(w/p), 3·p·p]`, a patch in (channel, row,
+    /// column) order, as the weights of CLIP's convolution lie.
+    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, images: Range<usize>, patch_size: usize) -> Result<()>;
 
     /// CLIP's embeddings: y\[i·(1+p)\] = class + pos\[0\], y\[i·(1+p)+1+j\] = patches\[i·p+j\] + pos\[1+j\].
     ///

@@ -1,12 +1,14 @@
 //! [`Profiled`]: stands in front of a device and keeps what each op costs.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
+use crate::image::{Preprocess, RgbImage};
+use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 /// What one op has cost, over all its calls.
@@ -20,8 +22,10 @@ pub struct OpRecord {
     pub bytes: f64,
     /// Those of them that are weights or cached keys and values: no processor keeps them from step to step, they come from memory.
     pub stored_bytes: f64,
-    /// Floating-point operations, a fused multiply-add counted as two.
+    /// Arithmetic operations, a fused multiply-add counted as two.
     pub flops: f64,
+    /// Those of them that are products with packed weights.
+    pub packed_flops: f64,
 }
 
 /// What one call is, in the units of [`OpRecord`].
@@ -30,6 +34,7 @@ struct Work {
     bytes: usize,
     stored_bytes: usize,
     flops: usize,
+    packed_flops: usize,
 }
 
 impl OpRecord {
@@ -41,6 +46,33 @@ impl OpRecord {
     /// Arithmetic in GFLOP/s.
     pub fn gflops(&self) -> f64 {
         self.flops / self.ms / 1e6
+    }
+
+    /// The least time in ms that its arithmetic takes at such peaks, of a model whose dense matrices are stored in `dtype`.
+    pub fn arithmetic_ms(&self, peaks: &Peaks, dtype: DType) -> Option<f64> {
+        let dense = (self.flops - self.packed_flops) / peaks.limit_gflops(dtype)?;
+        Some((dense + self.packed_flops / peaks.limit_packed_gflops(dtype)?) / 1e6)
+    }
+
+    /// The sum of all `records`, as one.
+    pub fn sum(records: impl IntoIterator<Item = Self>) -> Self {
+        records.into_iter().fold(Self::default(), |a, b| a.zip_with(b, |a, b| a + b))
+    }
+
+    /// What came to it since `before`.
+    pub fn since(self, before: Self) -> Self {
+        self.zip_with(before, |a, b| a - b)
+    }
+
+    fn zip_with(self, other: Self, f: impl Fn(f64, f64) -> f64) -> Self {
+        Self {
+            calls: f(self.calls as f64, other.calls as f64) as usize,
+            ms: f(self.ms, other.ms),
+            bytes: f(self.bytes, other.bytes),
+            stored_bytes: f(self.stored_bytes, other.stored_bytes),
+            flops: f(self.flops, other.flops),
+            packed_flops: f(self.packed_flops, other.packed_flops),
+        }
     }
 }
 
@@ -58,6 +90,7 @@ impl Records {
         record.bytes += work.bytes as f64;
         record.stored_bytes += work.stored_bytes as f64;
         record.flops += work.flops as f64;
+        record.packed_flops += work.packed_flops as f64;
     }
 
     /// The records so far, the costliest first.
@@ -129,7 +162,10 @@ impl Ops for Profiled {
         // One row is bound by memory, many by arithmetic: two lines of the table.
         let op = if tokens == 1 { "linear (1 row)" } else { "linear" };
         let stored_bytes = w.bytes();
-        let work = Work { bytes: stored_bytes + x.bytes() + outputs, stored_bytes, flops: 2 * tokens * w.n() * w.k() };
+        let flops = |n: usize| 2 * tokens * n * w.k();
+        let packed_rows = w.parts.iter().filter(|part| matches!(part, Matrix::Packed(_))).map(Matrix::n).sum();
+        let bytes = stored_bytes + x.bytes() + outputs;
+        let work = Work { bytes, stored_bytes, flops: flops(w.n()), packed_flops: flops(packed_rows) };
         self.timed(op, work, |ops| ops.linear(y, x, w, bias, epilogue))
     }
 
@@ -153,11 +189,19 @@ impl Ops for Profiled {
 
     fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
         let read = ids.len() * table.row_len() * table.dtype().size();
-        self.timed("embed", Work { bytes: read + y.bytes(), stored_bytes: read, flops: 0 }, |ops| ops.embed(y, table, ids))
+        self.timed("embed", Work { bytes: read + y.bytes(), stored_bytes: read, ..Work::default() }, |ops| ops.embed(y, table, ids))
     }
 
-    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
-        self.timed("patchify", Work { bytes: 2 * pixels.bytes(), ..Work::default() }, |ops| ops.patchify(y, pixels, patch_size))
+    fn preprocess(&self, pixels: &mut Tensor, images: &[RgbImage], config: &Preprocess) -> Result<()> {
+        let read: usize = images.iter().map(|image| image.pixels().len()).sum();
+        let work = Work { bytes: read + pixels.bytes(), ..Work::default() };
+        self.timed("preprocess", work, |ops| ops.preprocess(pixels, images, config))
+    }
+
+    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, images: Range<usize>, patch_size: usize) -> Result<()> {
+        let read = images.len() * pixels.row_len() * pixels.dtype().size();
+        let work = Work { bytes: read + y.bytes(), ..Work::default() };
+        self.timed("patchify", work, |ops| ops.patchify(y, pixels, images, patch_size))
     }
 
     fn clip_embed(&self, y: &mut Tensor, patches: &Tensor, class: &Tensor, positions: &Tensor) -> Result<()> {
@@ -169,7 +213,7 @@ impl Ops for Profiled {
     fn rope_append(&self, qkv: &mut Tensor, kv: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) -> Result<()> {
         let stored = 2 * qkv.rows() * heads.kv_width() * kv.k.dtype().size();
         let flops = 3 * qkv.rows() * (heads.q_width() + heads.kv_width());
-        let work = Work { bytes: 2 * qkv.bytes() + stored, stored_bytes: stored, flops };
+        let work = Work { bytes: 2 * qkv.bytes() + stored, stored_bytes: stored, flops, ..Work::default() };
         self.timed("rope_append", work, |ops| ops.rope_append(qkv, kv, rope, spans, heads))
     }
 
@@ -197,7 +241,7 @@ impl Ops for Profiled {
             KvSource::Own => ("attention (own)", 0),
             KvSource::Paged(_) => ("attention (paged)", kv_bytes),
         };
-        let work = Work { bytes: kv_bytes + 2 * out.bytes(), stored_bytes, flops: 4 * pairs * heads.q_width() };
+        let work = Work { bytes: kv_bytes + 2 * out.bytes(), stored_bytes, flops: 4 * pairs * heads.q_width(), ..Work::default() };
         self.timed(op, work, |ops| ops.attention(out, qkv, kv, spans, heads, causal))
     }
 

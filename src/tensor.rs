@@ -166,6 +166,15 @@ impl Tensor {
         self.shape.iter().skip(1).product()
     }
 
+    /// Tells the system that it will not be read again soon: pages of a mapped file leave this process's memory. Otherwise nothing.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        if let Storage::Mapped { map, offset, bytes } = &self.storage {
+            // SAFETY: the mapping is shared and read-only: a page that is dropped comes back from the file, as it was, when it is read.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, *offset, *bytes) };
+        }
+    }
+
     /// Whether it lies in a mapped file, and not in memory of its own.
     pub fn is_mapped(&self) -> bool {
         matches!(self.storage, Storage::Mapped { .. })

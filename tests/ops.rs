@@ -4,6 +4,7 @@
 mod reference;
 mod support;
 
+use llava_engine::checked::Checked;
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
 use llava_engine::ops::{Heads, KvLayer, Ops, RopeTable, RowCopy, Span};
@@ -124,7 +125,7 @@ fn patchify_lays_a_patch_out_by_channel_row_column() {
             let at = |image: usize, c: usize, y: usize, x: usize| pixels[((image * 3 + c) * height + y) * width + x];
             let there = device.put_f32(&[images, 3, height, width], &pixels);
             let mut got = device.blank(&[images * n_patches, n]);
-            device.ops.patchify(&mut got, &there, patch).unwrap();
+            device.ops.patchify(&mut got, &there, 0..images, patch).unwrap();
             for (row, values) in device.get(&got).chunks(n).enumerate() {
                 let (image, top, left) = (row / n_patches, row % n_patches / columns * patch, row % columns * patch);
                 for (i, &value) in values.iter().enumerate() {
@@ -132,7 +133,11 @@ fn patchify_lays_a_patch_out_by_channel_row_column() {
                     assert_eq!(value, rounded(at(image, c, y, x), device.dtype), "{}: {row}, {i}", device.name);
                 }
             }
-            assert!(device.ops.patchify(&mut got, &there, 5).is_err());
+            let mut last = device.blank(&[n_patches, n]);
+            device.ops.patchify(&mut last, &there, 1..2, patch).unwrap();
+            assert_eq!(device.get(&last), device.get(&got)[n_patches * n..], "{}: the second picture alone", device.name);
+            assert!(device.ops.patchify(&mut got, &there, 0..images, 5).is_err());
+            assert!(device.ops.patchify(&mut got, &there, 1..3, patch).is_err());
         }
     }
 }
@@ -300,7 +305,7 @@ fn nothing_is_done_for_no_rows() {
         ops.layer_norm(&mut none(8), &none(8), &w, &w, 1e-5).unwrap();
         ops.silu_mul(&mut none(8), &none(16)).unwrap();
         ops.embed(&mut none(8), &device.blank(&[3, 8]), &[]).unwrap();
-        ops.patchify(&mut none(12), &device.put_f32(&[0, 3, 4, 4], &[]), 2).unwrap();
+        ops.patchify(&mut none(12), &device.put_f32(&[0, 3, 4, 4], &[]), 0..0, 2).unwrap();
         ops.clip_embed(&mut none(8), &none(8), &w, &device.put_f32(&[2, 8], &[0.0; 16])).unwrap();
         ops.copy_rows(&mut none(8), &none(8), &[]).unwrap();
         let mut kv = KvLayer { k: device.blank(&[1, 1, 4, 8]), v: device.blank(&[1, 1, 4, 8]) };
@@ -328,7 +333,7 @@ fn kernels_are_not_launched_on_other_dtypes_or_host_tensors() {
         refused(ops.silu_mul(&mut there(&[4, 8], other), &own2()), "dtype of y");
         refused(ops.silu_mul(&mut there(&[4, 8], own), &host()), "of the host");
         refused(ops.embed(&mut there(&[2, 16], own), &there(&[4, 16], other), &[0, 1]), "dtype of table");
-        refused(ops.patchify(&mut there(&[1, 12], own), &there(&[1, 3, 2, 2], other), 2), "dtype of pixels");
+        refused(ops.patchify(&mut there(&[1, 12], own), &there(&[1, 3, 2, 2], other), 0..1, 2), "dtype of pixels");
         refused(ops.clip_embed(&mut own2(), &there(&[2, 16], own), &w_other, &there(&[2, 16], DType::F32)), "dtype of class");
         refused(ops.copy_rows(&mut there(&[4, 16], other), &there(&[4, 16], other), &[]), "dtype of dst");
         refused(ops.copy_rows(&mut host(), &own2(), &[]), "of the host");
@@ -336,5 +341,22 @@ fn kernels_are_not_launched_on_other_dtypes_or_host_tensors() {
         let mut kv = KvLayer { k: there(&[1, 1, 4, 8], other), v: there(&[1, 1, 4, 8], other) };
         let rope = RopeTable { cos: there(&[4, 4], DType::F32), sin: there(&[4, 4], DType::F32) };
         refused(ops.rope_append(&mut there(&[4, 24], own), &mut kv, &rope, &[], heads), "dtype of key cache");
+    }
+}
+
+/// Of a result, what is no finite number is found where an op has written it, and nowhere else.
+#[test]
+fn checks_look_at_what_an_op_has_written() {
+    for device in devices() {
+        let values = [f32::NAN, 1.0, 2.0, 4.0, 3.0, f32::INFINITY];
+        let (mut dst, src) = (device.put(&[3, 2], &values), device.put(&[3, 2], &values));
+        let checked = Checked::new(device.ops, None, true);
+        let mut copy_to_row_1 = |src_row| checked.copy_rows(&mut dst, &src, &[RowCopy { dst: 1, src: src_row, n_rows: 1 }]);
+        let found = [0, 2].map(|row| copy_to_row_1(row).unwrap_err().to_string());
+        let [nan, inf] =
+            ["NaN at row 1, column 0", "inf at row 1, column 1"].map(|at| format!("copy_rows: output dst [3, 2] has {at}"));
+        assert_eq!(found, [nan, inf], "{}", device.name);
+        // The rows around it are not this op's.
+        copy_to_row_1(1).unwrap();
     }
 }

@@ -5,8 +5,10 @@ mod support;
 
 use std::sync::Arc;
 
+use half::f16;
 use llava_engine::dtype::DType;
-use llava_engine::ops::{Epilogue, Weight};
+use llava_engine::ops::packed::Format;
+use llava_engine::ops::{Epilogue, Matrix, Packed, Weight};
 use llava_engine::tensor::Tensor;
 use reference::linear::{linear as exact, naive_f32};
 use reference::{Errors, random};
@@ -37,11 +39,13 @@ struct Case {
     y_f32: bool,
     /// Columns of y before and after those that are written.
     margin: (usize, usize),
+    /// How W is packed, if it is.
+    format: Option<Format>,
 }
 
 impl Case {
     fn new(tokens: usize, n: usize, k: usize) -> Self {
-        Self { tokens, parts: vec![n], k, epilogue: EPILOGUES[0], bias: false, y_f32: false, margin: (0, 0) }
+        Self { tokens, parts: vec![n], k, epilogue: EPILOGUES[0], bias: false, y_f32: false, margin: (0, 0), format: None }
     }
 
     /// The same with some choice of everything but the size; numbers from 0 on run through all of them.
@@ -58,8 +62,11 @@ impl Case {
     }
 
     fn weight(&self, device: &TestDevice) -> Weight {
-        let part = |(i, &n): (usize, &usize)| Arc::new(device.put(&[n, self.k], &random(n * self.k, 7 + i as u64)));
-        let mut w = Weight::stacked(self.parts.iter().enumerate().map(part).collect()).unwrap();
+        let part = |(i, &n): (usize, &usize)| match self.format {
+            None => Matrix::Dense(Arc::new(device.put(&[n, self.k], &random(n * self.k, 7 + i as u64)))),
+            Some(format) => Matrix::Packed(Arc::new(packed(device, n, self.k, format, 7 + i as u64))),
+        };
+        let mut w = Weight::of(self.parts.iter().enumerate().map(part).collect()).unwrap();
         w.first_col = self.margin.0;
         w
     }
@@ -102,12 +109,53 @@ impl Case {
             }
         }
         let x = device.round(&x_sample);
-        let weights: Vec<f32> = w.parts.iter().flat_map(|part| device.matrix(part)).collect();
+        let weights: Vec<f32> = device.round(&w.parts.iter().flat_map(|part| device.matrix(part)).collect::<Vec<_>>());
         let exact = exact(&x, &weights, bias.as_deref(), &old_sample, k, self.epilogue.1);
         let naive = naive_f32(&x, &weights, bias.as_deref(), &old_sample, k, self.epilogue.1);
         let naive: Vec<f32> = naive.into_iter().map(|v| rounded(v, y_dtype)).collect();
         result.extend_from_slice(&naive[result.len()..]);
         Errors::of(&result, &exact).check_twice(Errors::of(&naive, &exact), &what);
+    }
+}
+
+/// Any integers, with scales that make weights about as large as x.
+fn packed(device: &TestDevice, n: usize, k: usize, format: Format, seed: u64) -> Packed {
+    let (words_shape, scales_shape) = (format.words_shape(n, k), format.scales_shape(n, k));
+    let bits = |x: f32| (f64::from(x) * f64::from(i32::MAX)) as i32;
+    let n_words = words_shape.iter().product();
+    // The product of two, lest low bits be those of f32.
+    let words =
+        random(n_words, seed).into_iter().zip(random(n_words, seed + 50)).map(|(a, b)| bits(a) ^ bits(b) << 13).collect::<Vec<_>>();
+    let largest = (1 << (format.bits - 1)) as f32;
+    let scales: Vec<f32> = random(scales_shape.iter().product(), seed + 60).iter().map(|s| (0.5 + s.abs()) / largest).collect();
+    let halves = |values: Vec<f32>| Tensor::from_slice(&scales_shape, &values.into_iter().map(f16::from_f32).collect::<Vec<_>>());
+    let offsets = format.has_offsets.then(|| halves(scales.iter().map(|s| -s * (largest - 0.6)).collect()));
+    let packed = Packed::new(n, k, Tensor::from_slice(&words_shape, &words), halves(scales), offsets).unwrap();
+    let up = |t: &Tensor| {
+        let mut copy = Tensor::zeros(t.shape(), t.dtype());
+        copy.as_mut_bytes().copy_from_slice(t.as_bytes());
+        device.ops.upload(copy)
+    };
+    packed.map(up).unwrap()
+}
+
+/// Packed weights of every format on the kernels, which multiply them as numbers of the device's dtype. (Those of the CPU round x as well:
+/// src/cpu/matmul_packed_tests.rs.)
+#[test]
+fn packed_weights() {
+    for device in kernel_devices() {
+        let mut i = 0;
+        for (bits, group, has_offsets) in
+            [(4, 32, false), (4, 64, true), (4, 128, false), (4, 128, true), (8, 32, false), (8, 128, false)]
+        {
+            let format = Some(Format::new(bits, group, has_offsets).unwrap());
+            for tokens in [1, 2, 5, 8, 9, 40] {
+                for (n, k) in [(1, group), (16, 3 * group), (111, 1152), (37, 640)] {
+                    Case { format, ..Case::new(tokens, n, k).variant(i) }.check(&device);
+                    i += 1;
+                }
+            }
+        }
     }
 }
 

@@ -55,7 +55,7 @@ sanitize() { # TOOL...
     return
   fi
   for tool in "$@"; do
-    for test in ops ops_linear ops_attention ops_sample; do
+    for test in ops ops_linear ops_attention ops_sample ops_image; do
       run "$tool-$test" 480 "$sanitizer" --tool "$tool" --error-exitcode 9 "$bin/$test"
     done
   done
@@ -113,7 +113,7 @@ for part in "$@"; do
   echo "--- $part"
   part_end=$((SECONDS + ${PART_SECONDS:-480}))
   case $part in
-    tests) for test in ops ops_linear ops_attention ops_sample stages batch demo; do run "$test" 240 "$bin/$test"; done ;;
+    tests) for test in ops ops_linear ops_attention ops_sample ops_image stages batch demo; do run "$test" 240 "$bin/$test"; done ;;
     sanitize) sanitize memcheck racecheck initcheck synccheck ;;
     memcheck | racecheck | initcheck | synccheck) sanitize "$part" ;;
     bench) bench; table ;;

@@ -7,8 +7,11 @@ use std::sync::Arc;
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
 use llava_engine::nn::{RopeScaling, rope_table};
-use llava_engine::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Span, Weight};
+use llava_engine::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, Span, Weight};
 use llava_engine::tensor::Tensor;
+use llava_engine::weights::Source;
+use llava_engine::weights::random::Random;
+use llava_engine::weights::recipe::Recipe;
 
 /// Far larger than any last cache that is shared by few threads: what must come from memory is this much before it comes again.
 pub const STREAM_BYTES: usize = 256 << 20;
@@ -22,6 +25,8 @@ const PAGE_TOKENS: usize = 64;
 pub enum Work {
     /// Floating-point operations, a fused multiply-add counted as two.
     Flops(usize),
+    /// The same, of integers.
+    IntOps(usize),
     /// Bytes that are read and written at least: weights and cache where they outweigh the activations by far, else each operand once.
     Bytes(usize),
 }
@@ -63,12 +68,23 @@ pub fn cpu() -> Cpu {
 
 /// Linear layers of an image (577 tokens), a prompt (640), a short one (32), and of decoding (1, 4, 8).
 pub fn linears(dtype: DType) -> Vec<Case> {
-    let many = [(577, 4096, 1024), (577, 1024, 4096), (640, 11008, 4096), (640, 4096, 11008), (32, 4096, 4096)];
-    let few = [(1, 4096, 4096), (1, 11008, 4096), (1, 4096, 11008), (4, 11008, 4096), (8, 11008, 4096)];
-    let flops = many.map(|(tokens, n, k)| linear(tokens, n, k, dtype, Work::Flops(2 * tokens * n * k)));
-    let bytes = few.map(|(tokens, n, k)| linear(tokens, n, k, dtype, Work::Bytes(n * k * dtype.size())));
+    let flops = MANY.map(|(tokens, n, k)| linear(tokens, n, k, dtype, Work::Flops(2 * tokens * n * k)));
+    let bytes = FEW.map(|(tokens, n, k)| linear(tokens, n, k, dtype, Work::Bytes(n * k * dtype.size())));
     flops.into_iter().chain(bytes).collect()
 }
+
+/// The same with weights packed in so many bits.
+pub fn packed_linears(bits: usize) -> Vec<Case> {
+    let bytes = |n, k| n * k * bits / 8 + n * k / 128 * 2;
+    let many = MANY.map(|(tokens, n, k)| packed_linear(tokens, n, k, bits, Work::IntOps(2 * tokens * n * k)));
+    let few = FEW.map(|(tokens, n, k)| packed_linear(tokens, n, k, bits, Work::Bytes(bytes(n, k))));
+    many.into_iter().chain(few).collect()
+}
+
+/// (tokens, n, k) that arithmetic bounds, and that bytes do.
+const MANY: [(usize, usize, usize); 5] =
+    [(577, 4096, 1024), (577, 1024, 4096), (640, 11008, 4096), (640, 4096, 11008), (32, 4096, 4096)];
+const FEW: [(usize, usize, usize); 5] = [(1, 4096, 4096), (1, 11008, 4096), (1, 4096, 11008), (4, 11008, 4096), (8, 11008, 4096)];
 
 /// Attention of an image, of a prompt, and of a token that looks back on a long context.
 pub fn attentions(cache: &[DType]) -> Vec<Case> {
@@ -82,18 +98,28 @@ pub fn attentions(cache: &[DType]) -> Vec<Case> {
 
 /// y = x·Wᵀ. If bytes bound it, a set of weights larger than the caches is taken in turn: a model reads each of its own once a token.
 fn linear(tokens: usize, n: usize, k: usize, dtype: DType, work: Work) -> Case {
-    Case::new("linear", format!("{tokens}x{n}x{k} {dtype}"), work, move |ops| {
+    linear_of(tokens, n, k, &dtype.to_string(), work, move |ops| {
+        let values = Tensor::from_slice(&[n, k], &random(n * k));
+        Matrix::Dense(Arc::new(ops.upload(values.converted(dtype)).unwrap()))
+    })
+}
+
+fn packed_linear(tokens: usize, n: usize, k: usize, bits: usize, work: Work) -> Case {
+    linear_of(tokens, n, k, &format!("int{bits}"), work, move |_| {
+        let source = Random::packed(DType::F32, Recipe::of_bits(bits, 128).unwrap());
+        let packed = source.packed("llama.layers.0.mlp.up_proj", n, k).unwrap().expect("its columns are whole groups");
+        // On the host already, where benchmarks run.
+        Matrix::Packed(Arc::new(packed))
+    })
+}
+
+fn linear_of(tokens: usize, n: usize, k: usize, storage: &str, work: Work, matrix: impl Fn(&dyn Ops) -> Matrix + 'static) -> Case {
+    Case::new("linear", format!("{tokens}x{n}x{k} {storage}"), work, move |ops| {
         let copies = match work {
-            Work::Flops(_) => 1,
+            Work::Flops(_) | Work::IntOps(_) => 1,
             Work::Bytes(bytes) => STREAM_BYTES.div_ceil(bytes),
         };
-        let values = Tensor::from_slice(&[n, k], &random(n * k));
-        let weights: Vec<Weight> = (0..copies)
-            .map(|_| {
-                let part = ops.upload(values.converted(dtype)).unwrap();
-                Weight::stacked(vec![Arc::new(part)]).unwrap()
-            })
-            .collect();
+        let weights: Vec<Weight> = (0..copies).map(|_| Weight::of(vec![matrix(ops)]).unwrap()).collect();
         let x = activations(ops, &[tokens, k]);
         let mut y = activations(ops, &[tokens, n]);
         let mut turn = 0;

@@ -12,7 +12,7 @@ use llava_engine::error::{Error, Result};
 use llava_engine::image::{ImageSource, Limits, RgbImage};
 use llava_engine::infer::sampler::SamplingOptions;
 use llava_engine::model::config::Profile;
-use llava_engine::ops::{ArithmeticPeak, Peaks};
+use llava_engine::ops::{ArithmeticPeak, Operands, Peaks};
 
 /// Which model, where, and in what numbers.
 #[derive(clap::Args)]
@@ -44,6 +44,10 @@ pub struct ModelArgs {
     /// Does every op again on the CPU in f32 and stops at the first that differs; for debugging, slow
     #[arg(long)]
     pub check_ops: bool,
+    /// Looks for NaN and infinity after every op and stops at the first, with its layer (counted from 0, as in the checkpoint) and op; for
+    /// debugging, slow
+    #[arg(long)]
+    pub check_nan: bool,
 }
 
 impl ModelArgs {
@@ -69,6 +73,7 @@ impl ModelArgs {
             n_contexts: 1,
             profile_ops: self.profile,
             check_ops: self.check_ops,
+            check_nan: self.check_nan,
         })
     }
 
@@ -90,10 +95,10 @@ impl ModelArgs {
     pub fn report_ops(&self, engine: &Engine) -> Result<()> {
         let Some(records) = engine.op_records() else { return Ok(()) };
         let peaks = engine.measure_peaks()?;
-        let gflops = peaks.limit_gflops(engine.compute_dtype()).unwrap_or(f64::NAN);
         eprintln!("\n{:<18} {:>8} {:>10} {:>8} {:>10} {:>8}", "op", "calls", "ms", "GB/s", "GFLOP/s", "% peak");
         for (op, record) in records {
-            let percent = 100.0 * (record.gbps() / peaks.read_gbps).max(record.gflops() / gflops);
+            let arithmetic = record.arithmetic_ms(&peaks, engine.compute_dtype()).unwrap_or(f64::NAN) / record.ms;
+            let percent = 100.0 * arithmetic.max(record.gbps() / peaks.read_gbps);
             let (calls, ms) = (record.calls, record.ms);
             eprintln!("{op:<18} {calls:>8} {ms:>10.2} {:>8.2} {:>10.1} {percent:>8.1}", record.gbps(), record.gflops());
         }
@@ -102,20 +107,27 @@ impl ModelArgs {
     }
 }
 
+/// A bar on standard error; draws nothing where that is no terminal.
+pub fn progress(template: &str) -> indicatif::ProgressBar {
+    let style = indicatif::ProgressStyle::with_template(template);
+    indicatif::ProgressBar::new(0).with_style(style.unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()))
+}
+
 /// Peaks as they stand in JSON documents: the best rate by dtype, null where it was not probed, and every probe by itself.
 pub fn peaks_json(peaks: &Peaks) -> serde_json::Value {
-    let probe = |p: &ArithmeticPeak| serde_json::json!({"dtype": p.dtype.to_string(), "how": p.how, "gflops": p.gflops});
+    let probe = |p: &ArithmeticPeak| serde_json::json!({"dtype": p.operands.to_string(), "how": p.how, "gflops": p.gflops});
     serde_json::json!({
-        "f32_gflops": peaks.gflops(DType::F32),
-        "bf16_gflops": peaks.gflops(DType::Bf16),
-        "f16_gflops": peaks.gflops(DType::F16),
+        "f32_gflops": peaks.gflops(Operands::Float(DType::F32)),
+        "bf16_gflops": peaks.gflops(Operands::Float(DType::Bf16)),
+        "f16_gflops": peaks.gflops(Operands::Float(DType::F16)),
+        "int8_gflops": peaks.gflops(Operands::Int8),
         "probes": peaks.arithmetic.iter().map(probe).collect::<Vec<_>>(),
     })
 }
 
 /// Peaks in a line.
 pub fn peaks_text(peaks: &Peaks) -> String {
-    let probe = |p: &ArithmeticPeak| format!(", {:.1} GFLOP/s {} ({})", p.gflops, p.dtype, p.how);
+    let probe = |p: &ArithmeticPeak| format!(", {:.1} GFLOP/s {} ({})", p.gflops, p.operands, p.how);
     format!("{:.1} GB/s read", peaks.read_gbps) + &peaks.arithmetic.iter().map(probe).collect::<String>()
 }
 
@@ -216,7 +228,7 @@ pub fn one_line(message: &str) -> String {
 }
 
 /// The model that ships with the project: beside the binary, in the installation's share folder, or in the source tree.
-fn demo_model() -> Result<PathBuf> {
+pub fn demo_model() -> Result<PathBuf> {
     let exe = std::env::current_exe().and_then(std::fs::canonicalize).unwrap_or_default();
     let beside = exe.ancestors().skip(1).flat_map(|dir| [dir.join("models/demo"), dir.join("share/llava-engine/demo")]);
     let source_tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");

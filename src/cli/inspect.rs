@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use llava_engine::engine::kv_bytes;
 use llava_engine::error::Result;
 use llava_engine::model::checkpoint::Checkpoint;
+use llava_engine::ops::packed::{BLOCK_ROWS, SLAB};
 use llava_engine::weights::hub::resolve;
 
 use super::Outcome;
@@ -46,7 +47,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             continue;
         };
         let part = parts.entry(part_of(name)).or_default();
-        part.parameters += entry.shape.iter().product::<usize>();
+        part.parameters += parameters(name, &entry.shape);
         part.bytes += entry.bytes;
     }
     let total =
@@ -114,6 +115,15 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     common::put(&out)?;
     Ok(Outcome::Done)
+}
+
+/// How many weights a tensor holds: of a packed matrix, its words do, up to whole blocks of rows.
+fn parameters(name: &str, shape: &[usize]) -> usize {
+    match (name.rsplit('.').next(), shape) {
+        (Some("words"), &[blocks, slabs, ..]) => blocks * BLOCK_ROWS * slabs * SLAB,
+        (Some("scales" | "offsets"), _) => 0,
+        _ => shape.iter().product(),
+    }
 }
 
 /// Which part of the model a canonical tensor name belongs to.

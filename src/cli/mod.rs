@@ -6,6 +6,7 @@ mod common;
 mod generate;
 mod info;
 mod inspect;
+mod quantize;
 mod score;
 
 use std::process::ExitCode;
@@ -38,6 +39,8 @@ enum Command {
     Score(score::Args),
     /// Says what a checkpoint is and what running it needs
     Inspect(inspect::Args),
+    /// Makes a checkpoint smaller: 4 or 8 bits for a weight
+    Quantize(quantize::Args),
     /// Says what this binary holds and what this machine has
     Info(info::Args),
     /// Measures how fast this machine encodes, reads prompts and answers
@@ -71,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Info(args) => info::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Completions { shell } => {

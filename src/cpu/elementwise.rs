@@ -1,5 +1,7 @@
 //! Ops that touch each element once: activations, gathers, copies.
 
+use std::ops::Range;
+
 use half::slice::HalfFloatSliceExt;
 
 use super::pool::Pool;
@@ -31,10 +33,10 @@ pub fn embed(y: &mut [f32], table: &Tensor, ids: &[u32]) {
 }
 
 /// y\[patch, (c, r, s)\] = pixels\[image, c, pr·p + r, pc·p + s\]: what CLIP's stride-p convolution reads, patch by patch.
-pub fn patchify(y: &mut [f32], pixels: &[f32], [images, height, width]: [usize; 3], p: usize) {
+pub fn patchify(y: &mut [f32], pixels: &[f32], images: Range<usize>, [height, width]: [usize; 2], p: usize) {
     let (patch_rows, patch_cols) = (height / p, width / p);
     let mut runs = y.chunks_exact_mut(p);
-    for image in 0..images {
+    for image in images {
         for (patch_row, patch_col) in (0..patch_rows).flat_map(|r| (0..patch_cols).map(move |c| (r, c))) {
             for (channel, row) in (0..3).flat_map(|c| (0..p).map(move |r| (c, r))) {
                 let start = ((image * 3 + channel) * height + patch_row * p + row) * width + patch_col * p;

@@ -8,7 +8,7 @@
 //! w[r, i] = s[r, g]·q[r, i] + o[r, g],   x[t, i] ≈ a[t, g]·p[t, i],   |p| ≤ 127
 //! ```
 //!
-//! Tokens are taken [`TILE`] at a time, rows of W in blocks of 16, which stream from memory once: a task has as many blocks as stay in L2
+//! Tokens are taken in tiles of a few, rows of W in blocks of 16, which stream from memory once: a task has as many blocks as stay in L2
 //! while all tiles of tokens pass by. Integers are unpacked in registers, once for a tile.
 //!
 //! Numerics: a result depends on its row of x and of W alone, bit for bit, however many tokens there are and however many threads.
@@ -17,16 +17,18 @@
 
 use half::f16;
 
-use super::matmul::Output;
+use super::matmul::{Output, SKINNY};
 use super::pool::{Disjoint, Pool};
 use super::scratch::{carve, padded, with_scratch};
 use super::simd::{Isa, Kernel, Simd, Stored};
 use crate::ops::Packed;
 use crate::ops::packed::{BLOCK_ROWS, SLAB};
 
-/// The most tokens of a tile: with two vectors of rows, 12 sums are under way, which hides the latency of their products.
-const TILE: usize = 6;
-/// Bytes of W that stay in L2 while all tiles of tokens pass by; and what a task of one tile reads, small enough to share out evenly.
+/// The most tokens of a tile: with two vectors of rows, as many sums as stay in 16 registers beside what they are made of.
+const fn tile(bits: usize) -> usize {
+    if bits == 4 { 5 } else { 4 }
+}
+/// Bytes of W that stay in L2 while all tiles of tokens pass by; and what a task of few tiles reads, small enough to share out evenly.
 const TASK_BYTES: usize = 256 << 10;
 const STREAM_BYTES: usize = 128 << 10;
 /// The largest |p|.
@@ -44,9 +46,9 @@ struct X<'a> {
     group: usize,
 }
 
-/// The first token of each tile, and its tokens: at most [`TILE`], shared out evenly, so that no tile is left with few.
-fn tiles(tokens: usize) -> Vec<(usize, usize)> {
-    let n = tokens.div_ceil(TILE);
+/// The first token of each tile, and its tokens: at most [`tile`], shared out evenly, so that no tile is left with few.
+fn tiles(tokens: usize, bits: usize) -> Vec<(usize, usize)> {
+    let n = tokens.div_ceil(tile(bits));
     (0..n).map(|i| (i * tokens / n, (i + 1) * tokens / n - i * tokens / n)).collect()
 }
 
@@ -74,7 +76,7 @@ pub(super) fn linear(isa: Isa, pool: &Pool, out: Output<'_>, x: &[f32], tokens: 
     // Kernels rely on these.
     assert!(k > 0 && x.len() >= tokens * k, "x has {} elements, not {tokens} rows of {k}", x.len());
     out.expect(tokens, n);
-    let (tiles, n_groups) = (tiles(tokens), k / group);
+    let (tiles, n_groups) = (tiles(tokens, bits), k / group);
     let n_scales = tokens * n_groups;
     with_scratch(padded(tokens * k / 4) + 2 * padded(n_scales), |mut rest| {
         let (p, scales, sums) = (carve(&mut rest, tokens * k / 4), carve(&mut rest, n_scales), carve(&mut rest, n_scales));
@@ -96,7 +98,7 @@ pub(super) fn linear(isa: Isa, pool: &Pool, out: Output<'_>, x: &[f32], tokens: 
         }
         let x = X { p: bytemuck::cast_slice(p), scales, sums, k, group };
         let block_bytes = BLOCK_ROWS * k * bits / 8;
-        let task_bytes = if tiles.len() == 1 { STREAM_BYTES } else { TASK_BYTES };
+        let task_bytes = if tokens <= SKINNY { STREAM_BYTES } else { TASK_BYTES };
         let n_blocks = (task_bytes / block_bytes).max(1);
         let mut tasks = Vec::new();
         let mut col = 0;
@@ -108,7 +110,11 @@ pub(super) fn linear(isa: Isa, pool: &Pool, out: Output<'_>, x: &[f32], tokens: 
         }
         pool.run(tasks.len(), &|i| {
             let task = Task { out: &out, x: &x, tiles: &tiles, w: parts[tasks[i].part], blocks: tasks[i] };
-            if bits == 4 { isa.run(OfBits::<4>(task)) } else { isa.run(OfBits::<8>(task)) }
+            let n_scales = padded(tasks[i].n * n_groups * BLOCK_ROWS);
+            with_scratch(2 * n_scales + n_sums(bits), |scratch| match bits {
+                4 => isa.run(OfBits::<4> { task, scratch }),
+                _ => isa.run(OfBits::<8> { task, scratch }),
+            });
         });
     });
 }
@@ -168,44 +174,50 @@ struct Task<'a> {
     blocks: Blocks,
 }
 
-struct OfBits<'a, const BITS: usize>(Task<'a>);
+/// f32 sums under way for a block and a tile: of each row and token, as many as a row has lanes.
+const fn n_sums(bits: usize) -> usize {
+    BLOCK_ROWS * bits * tile(bits)
+}
+
+struct OfBits<'a, const BITS: usize> {
+    task: Task<'a>,
+    /// Room for scales, offsets, and sums.
+    scratch: &'a mut [f32],
+}
 
 impl<const BITS: usize> Kernel for OfBits<'_, BITS> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Task { x, tiles, w, blocks, .. } = self.0;
+        let Self { task, scratch: mut rest } = self;
+        let Task { x, tiles, w, blocks, .. } = task;
         let n_scales = x.k / x.group * BLOCK_ROWS;
-        with_scratch(2 * blocks.n * padded(n_scales), |scratch| {
-            // Scales, and what Σ a·Σp is to be multiplied by, of each block.
-            let at = blocks.first * n_scales..(blocks.first + blocks.n) * n_scales;
-            let (scales, offsets) = scratch.split_at_mut(blocks.n * padded(n_scales));
-            let (scales, offsets) = (&mut scales[..at.len()], &mut offsets[..at.len()]);
-            let zero = if BITS == 8 && !S::DOT8_UNSIGNED { 0.0 } else { -(w.format().zero() as f32) };
-            // SAFETY: the instructions are there, says the caller; the slices have these elements, a multiple of 16.
-            unsafe {
-                widen::<S>(scales, &w.scales.as_slice::<f16>()[at.clone()], 1.0);
-                match &w.offsets {
-                    Some(offsets_of) => widen::<S>(offsets, &offsets_of.as_slice::<f16>()[at], 1.0),
-                    None => widen::<S>(offsets, &w.scales.as_slice::<f16>()[at], zero),
-                }
-                for &(first, n) in tiles {
-                    for block in 0..blocks.n {
-                        let of = |all: &[f32]| all[block * n_scales..][..n_scales].as_ptr();
-                        let block = Block { task: &self.0, first, block, scales: of(scales), offsets: of(offsets) };
-                        match n {
-                            1 => block.run::<S, BITS, 4, 1>(),
-                            2 => block.run::<S, BITS, 4, 2>(),
-                            3 => block.run::<S, BITS, 2, 3>(),
-                            4 => block.run::<S, BITS, 2, 4>(),
-                            5 => block.run::<S, BITS, 2, 5>(),
-                            _ => block.run::<S, BITS, 2, TILE>(),
-                        }
+        // Scales, and what Σ a·Σp is to be multiplied by, of each block.
+        let at = blocks.first * n_scales..(blocks.first + blocks.n) * n_scales;
+        let (scales, offsets) = (carve(&mut rest, at.len()), carve(&mut rest, at.len()));
+        let zero = if BITS == 8 && !S::DOT8_UNSIGNED { 0.0 } else { -(w.format().zero() as f32) };
+        // SAFETY: the instructions are there, says the caller; the slices have these elements, a multiple of 16.
+        unsafe {
+            widen::<S>(scales, &w.scales.as_slice::<f16>()[at.clone()], 1.0);
+            match &w.offsets {
+                Some(offsets_of) => widen::<S>(offsets, &offsets_of.as_slice::<f16>()[at], 1.0),
+                None => widen::<S>(offsets, &w.scales.as_slice::<f16>()[at], zero),
+            }
+            for &(first, n) in tiles {
+                for block in 0..blocks.n {
+                    let (scales, offsets) = (&scales[block * n_scales..][..n_scales], &offsets[block * n_scales..][..n_scales]);
+                    let mut block = Block { task: &task, first, block, scales, offsets, sums: rest };
+                    match n {
+                        1 => block.run::<S, BITS, 8, 1>(),
+                        2 => block.run::<S, BITS, 4, 2>(),
+                        3 => block.run::<S, BITS, 2, 3>(),
+                        4 => block.run::<S, BITS, 2, 4>(),
+                        _ => block.run::<S, BITS, 2, 5>(),
                     }
                 }
             }
-        });
+        }
     }
 }
 
@@ -226,12 +238,14 @@ struct Block<'a> {
     task: &'a Task<'a>,
     /// The first token.
     first: usize,
-    /// Number within the task.
+    /// Its number within the task.
     block: usize,
     /// `[k / group][BLOCK_ROWS]`
-    scales: *const f32,
+    scales: &'a [f32],
     /// As `scales`.
-    offsets: *const f32,
+    offsets: &'a [f32],
+    /// `[vectors][tokens][LANES]`
+    sums: &'a mut [f32],
 }
 
 impl Block<'_> {
@@ -240,8 +254,8 @@ impl Block<'_> {
     /// # Safety
     /// That of [`Simd`]; the tile has `T` tokens, W integers of `BITS`.
     #[inline(always)]
-    unsafe fn run<S: Simd, const BITS: usize, const R: usize, const T: usize>(&self) {
-        let Task { out, x, w, blocks, .. } = *self.task;
+    unsafe fn run<S: Simd, const BITS: usize, const R: usize, const T: usize>(&mut self) {
+        let Task { x, w, blocks, .. } = *self.task;
         let (n_slabs, n_groups, slabs_of_group) = (x.k / SLAB, x.k / x.group, x.group / SLAB);
         // A slab's 16 rows of 4·BITS bytes in vectors of 4·LANES: BITS lanes have partial sums of one row.
         let slab_bytes = BLOCK_ROWS * 4 * BITS;
@@ -251,83 +265,105 @@ impl Block<'_> {
         let bytes = &bytes[(blocks.first + self.block) * n_slabs * slab_bytes..][..n_slabs * slab_bytes];
         let p = x.p[self.first * x.k..][..T * x.k].as_ptr();
         let x_scales = x.scales[self.first * n_groups..][..T * n_groups].as_ptr();
-        let x_sums = x.sums[self.first * n_groups..][..T * n_groups].as_ptr();
-        let mut rows = [[0.0; BLOCK_ROWS]; T];
-        // SAFETY: groups and slabs are inside W, the tile and their scales, whose sizes were just checked; rows of y are those of the
-        // tile, columns those of this task alone.
+        let scales = self.scales[..n_groups * BLOCK_ROWS].as_ptr();
+        let sums = &mut self.sums[..n_vectors * T * S::LANES];
+        sums.fill(0.0);
+        // SAFETY: groups and slabs are inside W, the tile, their scales and the sums, whose sizes were just checked.
         unsafe {
-            for vector in (0..n_vectors).step_by(R) {
-                let mut acc = [[S::splat(0.0); T]; R];
-                for g in 0..n_groups {
+            for g in 0..n_groups {
+                let scales = scales.add(g * BLOCK_ROWS);
+                for vector in (0..n_vectors).step_by(R) {
                     let mut sums4 = [[S::zero4(); T]; R];
                     let mut sums8 = [[S::zero8(); T]; R];
                     for slab in g * slabs_of_group..(g + 1) * slabs_of_group {
                         let w = bytes.as_ptr().add(slab * slab_bytes + vector * 4 * S::LANES);
                         let p = p.add(slab * T * SLAB);
-                        if BITS == 4 {
-                            let first = S::load_bytes(w);
-                            let (mut low, mut high) = ([first; R], [first; R]);
-                            for r in 0..R {
-                                let both = S::load_bytes(w.add(r * 4 * S::LANES));
-                                (low[r], high[r]) = (S::low4(both), S::high4(both));
+                        if vector == 0 {
+                            // This group is read several times, some vectors of it each time; meanwhile the next one comes.
+                            for line in (0..slab_bytes).step_by(64) {
+                                S::prefetch(w.wrapping_add(slabs_of_group * slab_bytes + line));
                             }
-                            for t in 0..T {
-                                let x = S::repeat_bytes::<16>(p.add(t * SLAB));
+                        }
+                        let mut q = [S::load_bytes(w); R];
+                        if BITS == 4 {
+                            // One half of the bytes after the other: no more of them than there are registers for beside the sums.
+                            for half in 0..2 {
                                 for r in 0..R {
-                                    sums4[r][t] = S::dot4(sums4[r][t], low[r], x);
+                                    let both = S::load_bytes(w.add(r * 4 * S::LANES));
+                                    q[r] = if half == 0 { S::low4(both) } else { S::high4(both) };
                                 }
-                                let x = S::repeat_bytes::<16>(p.add(t * SLAB + SLAB / 2));
-                                for r in 0..R {
-                                    sums4[r][t] = S::dot4(sums4[r][t], high[r], x);
+                                for t in 0..T {
+                                    let x = S::repeat_bytes::<16>(p.add(t * SLAB + half * SLAB / 2));
+                                    for r in 0..R {
+                                        sums4[r][t] = S::dot4(sums4[r][t], q[r], x);
+                                    }
                                 }
                             }
                         } else {
+                            for r in 0..R {
+                                q[r] = S::load_bytes(w.add(r * 4 * S::LANES));
+                            }
                             for t in 0..T {
                                 let x = S::repeat_bytes::<32>(p.add(t * SLAB));
                                 for r in 0..R {
-                                    sums8[r][t] = S::dot8(sums8[r][t], S::load_bytes(w.add(r * 4 * S::LANES)), x);
+                                    sums8[r][t] = S::dot8(sums8[r][t], q[r], x);
                                 }
                             }
                         }
                     }
                     for r in 0..R {
-                        let scales = self.scales.add(g * BLOCK_ROWS + (vector + r) * rows_of_vector);
+                        let scales = scales.add((vector + r) * rows_of_vector);
                         let scale = if BITS == 4 { S::spread::<4>(scales) } else { S::spread::<8>(scales) };
                         for t in 0..T {
                             let sum = if BITS == 4 { S::sums4(sums4[r][t]) } else { S::sums8(sums8[r][t]) };
-                            acc[r][t] = S::fma(sum, S::mul(scale, S::splat(*x_scales.add(g * T + t))), acc[r][t]);
-                        }
-                    }
-                }
-                for r in 0..R {
-                    for t in 0..T {
-                        let mut lanes = [0.0; 16];
-                        S::store(lanes.as_mut_ptr(), acc[r][t]);
-                        for row in 0..rows_of_vector {
-                            let mut sum = 0.0;
-                            for lane in 0..BITS {
-                                sum += lanes[row * BITS + lane];
-                            }
-                            rows[t][(vector + r) * rows_of_vector + row] = sum;
+                            let acc = sums.as_mut_ptr().add(((vector + r) * T + t) * S::LANES);
+                            let scale = S::mul(scale, S::splat(*x_scales.add(g * T + t)));
+                            S::store(acc, S::fma(sum, scale, S::load(acc)));
                         }
                     }
                 }
             }
-            let n_rows = BLOCK_ROWS.min(w.n - (blocks.first + self.block) * BLOCK_ROWS);
+            self.finish::<S, BITS, T>();
+        }
+    }
+
+    /// Adds up the lanes of each row, adds the offsets, and hands the result on.
+    ///
+    /// # Safety
+    /// That of [`Self::run`], which has made the sums.
+    #[inline(always)]
+    unsafe fn finish<S: Simd, const BITS: usize, const T: usize>(&self) {
+        let Task { out, x, w, blocks, .. } = *self.task;
+        let n_groups = x.k / x.group;
+        let sums = &self.sums[..BLOCK_ROWS * BITS * T];
+        let mut rows = [[0.0; BLOCK_ROWS]; T];
+        for (vector, sums) in sums.chunks_exact(T * S::LANES).enumerate() {
+            for (t, lanes) in sums.chunks_exact(S::LANES).enumerate() {
+                for (row, lanes) in lanes.chunks_exact(BITS).enumerate() {
+                    rows[t][vector * (S::LANES / BITS) + row] = lanes.iter().sum();
+                }
+            }
+        }
+        let offsets = self.offsets[..n_groups * BLOCK_ROWS].as_ptr();
+        let x_sums = x.sums[self.first * n_groups..][..T * n_groups].as_ptr();
+        let first_row = self.block * BLOCK_ROWS;
+        let n_rows = BLOCK_ROWS.min(w.n - blocks.first * BLOCK_ROWS - first_row);
+        // SAFETY: groups are inside offsets and sums, whose sizes were just checked; rows of y are those of the tile, columns those of
+        // this task alone.
+        unsafe {
             for j in (0..n_rows).step_by(S::LANES) {
                 let mut acc = [S::splat(0.0); T];
                 for t in 0..T {
                     acc[t] = S::load(rows[t].as_ptr().add(j));
                 }
                 for g in 0..n_groups {
-                    let offset = S::load(self.offsets.add(g * BLOCK_ROWS + j));
+                    let offset = S::load(offsets.add(g * BLOCK_ROWS + j));
                     for t in 0..T {
                         acc[t] = S::fma(offset, S::splat(*x_sums.add(g * T + t)), acc[t]);
                     }
                 }
                 for t in 0..T {
-                    let col = blocks.col + self.block * BLOCK_ROWS + j;
-                    out.finish::<S>(self.first + t, col, S::LANES.min(n_rows - j), acc[t]);
+                    out.finish::<S>(self.first + t, blocks.col + first_row + j, S::LANES.min(n_rows - j), acc[t]);
                 }
             }
         }

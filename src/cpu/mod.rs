@@ -29,10 +29,13 @@ mod matmul_tests;
 #[path = "../../tests/reference/mod.rs"]
 mod reference;
 
+use std::ops::Range;
+
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::image::{Preprocess, RgbImage, preprocess_into};
 use crate::ops::{
-    ArithmeticPeak, Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Run, Span, Weight, check,
+    ArithmeticPeak, Draw, Epilogue, Heads, KvLayer, KvSource, Operands, Ops, Peaks, RopeTable, RowCopy, Run, Span, Weight, check,
 };
 use crate::tensor::Tensor;
 use pool::Pool;
@@ -83,10 +86,14 @@ impl Ops for Cpu {
     /// Of the machine, whatever instruction set the ops were told to use.
     fn measure_peaks(&self) -> Result<Peaks> {
         let isa = Isa::detect();
-        let peak = |dtype, how: &str, gflops| ArithmeticPeak { dtype, how: how.to_owned(), gflops };
-        let fma = peak(DType::F32, "fused multiply-adds on registers", probe::fma_gflops(isa, &self.pool));
-        let dot = probe::dpbf16_gflops(isa, &self.pool).map(|gflops| peak(DType::Bf16, "dot products on registers", gflops));
-        Ok(Peaks { read_gbps: probe::read_gbps(&self.pool, PROBE_BYTES), arithmetic: [fma].into_iter().chain(dot).collect() })
+        let peak = |operands, how: &str, gflops| ArithmeticPeak { operands, how: how.to_owned(), gflops };
+        let float = Operands::Float;
+        let fma = peak(float(DType::F32), "fused multiply-adds on registers", probe::fma_gflops(isa, &self.pool));
+        let int8 = peak(Operands::Int8, "dot products of bytes on registers", probe::int8_gflops(isa, &self.pool));
+        let bf16 =
+            probe::dpbf16_gflops(isa, &self.pool).map(|gflops| peak(float(DType::Bf16), "dot products on registers", gflops));
+        let arithmetic = [fma, int8].into_iter().chain(bf16).collect();
+        Ok(Peaks { read_gbps: probe::read_gbps(&self.pool, PROBE_BYTES), arithmetic })
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
@@ -151,9 +158,15 @@ impl Ops for Cpu {
         Ok(())
     }
 
-    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
-        let size = check::patchify(y, pixels, patch_size)?;
-        elementwise::patchify(y.as_mut_slice(), pixels.as_slice(), size, patch_size);
+    fn preprocess(&self, pixels: &mut Tensor, images: &[RgbImage], config: &Preprocess) -> Result<()> {
+        check::preprocess(pixels, images, config)?;
+        preprocess_into(pixels.as_mut_slice(), images, config);
+        Ok(())
+    }
+
+    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, images: Range<usize>, patch_size: usize) -> Result<()> {
+        let size = check::patchify(y, pixels, &images, patch_size)?;
+        elementwise::patchify(y.as_mut_slice(), pixels.as_slice(), images, size, patch_size);
         Ok(())
     }
 

@@ -36,7 +36,12 @@ pub fn fma_gflops(isa: Isa, pool: &Pool) -> f64 {
 
 /// GFLOP/s of bf16 dot products in registers, by all threads; none if the instruction set has none.
 pub fn dpbf16_gflops(isa: Isa, pool: &Pool) -> Option<f64> {
-    (isa == Isa::Avx512Bf16).then(|| best(|| arithmetic::<true>(isa, pool) * 4.0))
+    (isa == Isa::Avx512Bf16).then(|| best(|| arithmetic(isa, pool, Multiply::<DOT_BF16>) * 4.0))
+}
+
+/// GFLOP/s (billions of multiplications and additions) of the dot products of bytes that 4-bit weights take, in registers, by all threads.
+pub fn int8_gflops(isa: Isa, pool: &Pool) -> f64 {
+    best(|| int8_once(isa, pool))
 }
 
 /// Reads a buffer once, with all threads. Returns the bytes.
@@ -50,14 +55,19 @@ pub fn read_once(pool: &Pool, buffer: &[f32]) -> f64 {
 
 /// Keeps all threads busy with fused multiply-adds for some milliseconds. Returns the operations, two for each.
 pub fn fma_once(isa: Isa, pool: &Pool) -> f64 {
-    arithmetic::<false>(isa, pool) * 2.0
+    arithmetic(isa, pool, Multiply::<FMA>) * 2.0
+}
+
+/// As [`fma_once`], with dot products of bytes.
+pub fn int8_once(isa: Isa, pool: &Pool) -> f64 {
+    arithmetic(isa, pool, Multiply::<DOT_BYTES>) * 8.0
 }
 
 /// Runs one instruction on all threads, and returns how many lanes went through it.
-fn arithmetic<const DOT: bool>(isa: Isa, pool: &Pool) -> f64 {
+fn arithmetic<const WHAT: u8>(isa: Isa, pool: &Pool, instruction: Multiply<WHAT>) -> f64 {
     let lanes = AtomicUsize::new(0);
     let n_tasks = pool.n_threads() * 4;
-    pool.run(n_tasks, &|_| lanes.store(isa.run(Multiply::<DOT>), Ordering::Relaxed));
+    pool.run(n_tasks, &|_| lanes.store(isa.run(instruction), Ordering::Relaxed));
     (n_tasks * STEPS * CHAINS * lanes.into_inner()) as f64
 }
 
@@ -98,21 +108,42 @@ impl Kernel for Sum<'_> {
 }
 
 /// Runs one instruction in [`CHAINS`] independent chains and returns its lanes.
-struct Multiply<const DOT: bool>;
+#[derive(Clone, Copy)]
+struct Multiply<const WHAT: u8>;
 
-impl<const DOT: bool> Kernel for Multiply<DOT> {
+const FMA: u8 = 0;
+const DOT_BF16: u8 = 1;
+const DOT_BYTES: u8 = 2;
+
+impl<const WHAT: u8> Kernel for Multiply<WHAT> {
     type Output = usize;
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> usize {
         // SAFETY: the caller's.
         unsafe {
+            if WHAT == DOT_BYTES {
+                let bytes = [3u8; 64];
+                let mut sums = [S::zero4(); CHAINS];
+                // Nothing is known of these, so that no two chains and no two steps share a product.
+                let x = [S::repeat_bytes::<16>(bytes.as_ptr().cast()); CHAINS / 3].map(black_box);
+                for _ in 0..STEPS {
+                    let w = [S::load_bytes(bytes.as_ptr()); 3].map(black_box);
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        *sum = S::dot4(*sum, w[i % 3], x[i / 3]);
+                    }
+                }
+                for sum in sums {
+                    black_box(S::reduce_add(S::sums4(sum)));
+                }
+                return S::LANES;
+            }
             // Values that stay where they are (x·1 + 0), so that no run meets subnormal numbers.
             let (one, zero) = (S::splat(black_box(1.0)), S::splat(black_box(0.0)));
             let mut acc = [one; CHAINS];
             for _ in 0..STEPS {
                 for acc in &mut acc {
-                    *acc = if DOT { S::dot_bf16(one, zero, *acc) } else { S::fma(*acc, one, zero) };
+                    *acc = if WHAT == DOT_BF16 { S::dot_bf16(one, zero, *acc) } else { S::fma(*acc, one, zero) };
                 }
             }
             for acc in acc {

@@ -7,18 +7,18 @@ use super::Cuda;
 use super::driver::{Arg, DevicePtr, Function, Grid, Launch, Matmul};
 use super::launch::{Kernel, address, int};
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::{Epilogue, Run, Weight, check};
 use crate::tensor::Tensor;
 
 /// Up to here a product's time is that of reading its weights, and `gemv.cu` does it.
-const GEMV_MAX_TOKENS: usize = 8;
+pub(super) const GEMV_MAX_TOKENS: usize = 8;
 /// Rows of W of a block of `gemv.cu`.
-const GEMV_ROWS: usize = 16;
+pub(super) const GEMV_ROWS: usize = 16;
 /// Threads of a block there.
-const GEMV_THREADS: usize = 256;
+pub(super) const GEMV_THREADS: usize = 256;
 /// One f32 for each warp, token and row.
-const GEMV_SHARED_BYTES: usize = GEMV_THREADS / 32 * GEMV_MAX_TOKENS * GEMV_ROWS * 4;
+pub(super) const GEMV_SHARED_BYTES: usize = GEMV_THREADS / 32 * GEMV_MAX_TOKENS * GEMV_ROWS * 4;
 
 /// Threads of a block of the other two files.
 const GEMM_THREADS: usize = 128;
@@ -52,7 +52,7 @@ pub(super) enum Maker {
 }
 
 /// Parts of a weight that one launch takes.
-const MAX_PARTS: usize = 3;
+pub(super) const MAX_PARTS: usize = 3;
 
 /// tokens × rows of each part × k of a product
 #[derive(Clone, Copy)]
@@ -160,6 +160,28 @@ pub(super) struct Library(Mutex<HashMap<Matmul, Option<Function>>>);
 /// What the library wants addresses to be multiples of, for its fastest kernels.
 const LIBRARY_ALIGNMENT: u64 = 256;
 
+/// What a product is made of and where it goes, but for W.
+#[derive(Clone, Copy)]
+pub(super) struct Operands {
+    /// The first element of the first row.
+    pub y: DevicePtr,
+    pub y_dtype: DType,
+    pub y_stride: usize,
+    pub x: DevicePtr,
+    pub bias: Option<DevicePtr>,
+    pub tokens: usize,
+    pub k: usize,
+    pub epilogue: Epilogue,
+}
+
+impl Operands {
+    /// The same for the rows of W from `row` on, of which the first has column `first_col` of y.
+    fn from_column(&self, first_col: usize, row: usize) -> Self {
+        let y = self.y.offset((first_col + row) * self.y_dtype.size());
+        Self { y, bias: self.bias.map(|bias| bias.offset(row * DType::F32.size())), ..*self }
+    }
+}
+
 /// A product, as every kernel of this module takes it.
 struct Product {
     y: DevicePtr,
@@ -203,64 +225,91 @@ impl Cuda {
             check::dtype(OP, "y", y, self.dtype)?;
         }
         bias.map_or(Ok(()), |bias| check::dtype(OP, "bias", bias, DType::F32))?;
-        let (tokens, k, y_stride) = (x.rows(), w.k(), y.row_len());
+        let (tokens, k) = (x.rows(), w.k());
         // With the largest tile on top, so that no row or column of a tile is beyond the range of an int.
         int(OP, "tokens", tokens + 128)?;
         int(OP, "rows of W", w.n() + 128)?;
         int(OP, "width of x", k + 128)?;
-        let (y_ptr, x_ptr) = (address(OP, "y", y)?, address(OP, "x", x)?);
-        let bias_ptr = bias.map(|bias| address(OP, "bias", bias)).transpose()?;
-        let mut launches = Vec::new();
+        let operands = Operands {
+            y: address(OP, "y", y)?,
+            y_dtype: y.dtype(),
+            y_stride: y.row_len(),
+            x: address(OP, "x", x)?,
+            bias: bias.map(|bias| address(OP, "bias", bias)).transpose()?,
+            tokens,
+            k,
+            epilogue,
+        };
         for (mut row, run) in w.runs() {
-            let Run::Dense(parts) = run else {
-                return Err(Error::Unsupported("packed weights run on the CPU only: use --device cpu".into()));
-            };
-            for parts in parts.chunks(MAX_PARTS) {
-                launches.push((row, parts.to_vec()));
-                row += parts.iter().map(|part| part.rows()).sum::<usize>();
+            match run {
+                Run::Dense(parts) => {
+                    for parts in parts.chunks(MAX_PARTS) {
+                        let mut matrices = [None; MAX_PARTS];
+                        for (i, part) in parts.iter().enumerate() {
+                            check::dtype(OP, "W", part, self.dtype)?;
+                            matrices[i] = Some((address(OP, "W", part)?, part.rows()));
+                        }
+                        // SAFETY: as below.
+                        unsafe { self.dense(maker, &operands.from_column(w.first_col, row), matrices)? };
+                        row += parts.iter().map(|part| part.rows()).sum::<usize>();
+                    }
+                }
+                Run::Packed(parts) => {
+                    for part in parts {
+                        // SAFETY: x has `tokens` rows of k, each part n rows of k, all of this device's dtype, or packed (`Packed::new`); y
+                        // has `tokens` rows of `y_stride`, at least `first_col` and the rows of all parts, in this dtype or f32; the bias,
+                        // if there is one, has an f32 for each row of all parts (`check::linear`, `check::dtype`). y is borrowed alone, so
+                        // nothing else lies in it.
+                        unsafe { self.packed(maker, &operands.from_column(w.first_col, row), part)? };
+                        row += part.n;
+                    }
+                }
             }
         }
-        for (row, parts) in launches {
-            let mut size = Size { tokens, n: [0; MAX_PARTS], k };
-            let (mut w_ptrs, mut n_args) = ([DevicePtr(0); MAX_PARTS], [Arg::Int(0); MAX_PARTS]);
-            for (i, part) in parts.iter().enumerate() {
-                check::dtype(OP, "W", part, self.dtype)?;
-                size.n[i] = part.rows();
-                w_ptrs[i] = address(OP, "W", part)?;
-                n_args[i] = int(OP, "rows of W", part.rows())?;
-            }
-            let [n0, n1, n2] = n_args;
-            let product = Product {
-                y: y_ptr.offset((w.first_col + row) * y.dtype().size()),
-                x: x_ptr,
-                w: w_ptrs,
-                bias: bias_ptr.map_or(DevicePtr(0), |bias| bias.offset(row * DType::F32.size())),
-                size,
-                scalars: [
-                    int(OP, "tokens", tokens)?,
-                    n0,
-                    n1,
-                    n2,
-                    int(OP, "width of x", k)?,
-                    int(OP, "width of y", y_stride)?,
-                    Arg::Int(epilogue as i32),
-                    Arg::Int((y.dtype() == DType::F32).into()),
-                ],
-            };
-            if tokens == 0 || size.n == [0; MAX_PARTS] {
-                continue;
-            }
-            // SAFETY: x has `tokens` rows of k, each part n rows of k, all of this device's dtype; y has `tokens` rows of `y_stride`, at
-            // least `first_col` and the rows of all parts, in this dtype or f32 as the last argument says; the bias, if there is one, has
-            // an f32 for each row of all parts (`check::linear`, `check::dtype`). y is borrowed alone, so nothing else lies in it.
-            unsafe {
-                if tokens <= GEMV_MAX_TOKENS {
-                    self.gemv(&product)?;
-                } else if maker == Maker::Kernels || !self.by_library(&product, y.dtype(), y_stride, epilogue)? {
-                    let tiles = if self.dtype == DType::F32 { &F32_TILES } else { &HALF_TILES };
-                    let (tile, splits) = plan(tiles, product.size, self.driver.n_multiprocessors());
-                    self.gemm(&product, tile, splits)?;
-                }
+        Ok(())
+    }
+
+    /// The product with matrices `[n, k]` of this device's dtype, at most [`MAX_PARTS`] of them.
+    ///
+    /// # Safety
+    /// The operands are what they say; the matrices are where they say, of that many rows.
+    pub(super) unsafe fn dense(
+        &self,
+        maker: Maker,
+        operands: &Operands,
+        matrices: [Option<(DevicePtr, usize)>; MAX_PARTS],
+    ) -> Result<()> {
+        const OP: &str = "linear";
+        let &Operands { y, y_dtype, y_stride, x, bias, tokens, k, epilogue } = operands;
+        let n = matrices.map(|m| m.map_or(0, |(_, n)| n));
+        if tokens == 0 || n == [0; MAX_PARTS] {
+            return Ok(());
+        }
+        let product = Product {
+            y,
+            x,
+            w: matrices.map(|m| m.map_or(DevicePtr(0), |(w, _)| w)),
+            bias: bias.unwrap_or(DevicePtr(0)),
+            size: Size { tokens, n, k },
+            scalars: [
+                int(OP, "tokens", tokens)?,
+                int(OP, "rows of W", n[0])?,
+                int(OP, "rows of W", n[1])?,
+                int(OP, "rows of W", n[2])?,
+                int(OP, "width of x", k)?,
+                int(OP, "width of y", y_stride)?,
+                Arg::Int(epilogue as i32),
+                Arg::Int((y_dtype == DType::F32).into()),
+            ],
+        };
+        // SAFETY: the caller's.
+        unsafe {
+            if tokens <= GEMV_MAX_TOKENS {
+                self.gemv(&product)?;
+            } else if maker == Maker::Kernels || !self.by_library(&product, y_dtype, y_stride, epilogue)? {
+                let tiles = if self.dtype == DType::F32 { &F32_TILES } else { &HALF_TILES };
+                let (tile, splits) = plan(tiles, product.size, self.driver.n_multiprocessors());
+                self.gemm(&product, tile, splits)?;
             }
         }
         Ok(())

@@ -8,7 +8,7 @@ use crate::tensor::Tensor;
 
 macro_rules! kernels {
     ($($variant:ident $name:literal)*) => {
-        /// A kernel: one for each dtype of activations, as `name_dtype`, unless its own name ends in a dtype.
+        /// A kernel: one for each dtype of activations, as `name_dtype`, unless its own name ends in what it writes.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(super) enum Kernel { $($variant),* }
 
@@ -28,6 +28,9 @@ kernels! {
     Patchify "patchify_fwd"
     ClipEmbed "clip_embed_fwd"
     RopeAppend "rope_append_fwd"
+    ResizeHorizontal "resize_horizontal_u8"
+    ResizeVertical "resize_vertical_u8"
+    Normalize "normalize_f32"
     Sample "sample_fwd_f32"
     AttentionD64 "attention_fwd_d64"
     AttentionD80 "attention_fwd_d80"
@@ -38,6 +41,10 @@ kernels! {
     Gemm "gemm"
     GemmSmall "gemm_small"
     Gemv "gemv"
+    GemvPacked4 "gemv_packed4"
+    GemvPacked8 "gemv_packed8"
+    Unpack4 "unpack4"
+    Unpack8 "unpack8"
     ProbeRead "probe_read_f32"
 }
 
@@ -47,7 +54,8 @@ pub(super) struct Functions(Vec<Function>);
 impl Functions {
     /// Looks all of them up.
     pub fn resolve(driver: &dyn Driver, dtype: DType) -> Result<Self> {
-        let full_name = |name: &str| if name.ends_with("_f32") { name.to_owned() } else { format!("{name}_{dtype}") };
+        let is_full = |name: &str| ["_f32", "_u8"].iter().any(|written| name.ends_with(written));
+        let full_name = |name: &str| if is_full(name) { name.to_owned() } else { format!("{name}_{dtype}") };
         Kernel::ALL.iter().map(|(_, name)| driver.function(&full_name(name))).collect::<Result<_>>().map(Self)
     }
 }

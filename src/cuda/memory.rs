@@ -29,6 +29,13 @@ impl Arena {
         let ptr = found.map_or_else(|| self.driver.alloc(bytes), Ok)?;
         Ok(Allocation { arena: self.clone(), ptr, bytes })
     }
+
+    /// Bytes that the driver gave and nobody uses.
+    #[cfg(test)]
+    pub fn free_bytes(&self) -> usize {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        free.iter().map(|(bytes, pieces)| bytes * pieces.len()).sum()
+    }
 }
 
 impl Drop for Arena {

@@ -6,10 +6,12 @@
 mod attention;
 mod dense;
 pub mod driver;
+mod image;
 mod launch;
 mod memory;
 mod norm;
 mod ops;
+mod packed;
 mod probe;
 mod queue;
 mod rows;
@@ -35,6 +37,7 @@ pub struct Cuda {
     arena: Arc<Arena>,
     decode: attention::Workspace,
     split_sums: SplitSums,
+    unpacked: packed::Unpacked,
     library: Library,
 }
 
@@ -57,10 +60,20 @@ impl Cuda {
         Self::on(Arc::new(driver::Nvidia::open(ordinal)?), dtype)
     }
 
-    /// The simulator on `n_threads` threads (0: as many as the machine runs at once), with activations of `dtype`.
+    /// The simulator on `n_threads` threads (0: as many as the machine runs at once), with activations of `dtype`, and with the faults that
+    /// the environment asks for.
+    ///
+    /// # Errors
+    /// If they make it one that the kernels cannot run on.
     #[cfg(llava_sim)]
     pub fn simulated(n_threads: usize, dtype: DType) -> Result<Self> {
-        Self::on(Arc::new(driver::Simulator::new(n_threads)), dtype)
+        Self::simulated_with(n_threads, dtype, driver::Faults::from_environment()?)
+    }
+
+    /// As [`Cuda::simulated`], with these faults.
+    #[cfg(llava_sim)]
+    pub fn simulated_with(n_threads: usize, dtype: DType, faults: driver::Faults) -> Result<Self> {
+        Self::on(Arc::new(driver::Simulator::with_faults(n_threads, faults)?), dtype)
     }
 
     /// A device behind a driver.
@@ -74,6 +87,7 @@ impl Cuda {
             dtype,
             decode: Default::default(),
             split_sums: Default::default(),
+            unpacked: Default::default(),
             library: Default::default(),
         })
     }

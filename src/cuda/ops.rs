@@ -1,8 +1,11 @@
 //! [`Ops`] for [`Cuda`]: where each op is.
 
+use std::ops::Range;
+
 use super::Cuda;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::image::{Preprocess, RgbImage};
 use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
@@ -55,8 +58,12 @@ impl Ops for Cuda {
         self.embed(y, table, ids)
     }
 
-    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
-        self.patchify(y, pixels, patch_size)
+    fn preprocess(&self, pixels: &mut Tensor, images: &[RgbImage], config: &Preprocess) -> Result<()> {
+        self.preprocess(pixels, images, config)
+    }
+
+    fn patchify(&self, y: &mut Tensor, pixels: &Tensor, images: Range<usize>, patch_size: usize) -> Result<()> {
+        self.patchify(y, pixels, images, patch_size)
     }
 
     fn clip_embed(&self, y: &mut Tensor, patches: &Tensor, class: &Tensor, positions: &Tensor) -> Result<()> {

@@ -11,7 +11,7 @@ use super::driver::{Arg, Grid};
 use super::launch::{Kernel, address, int};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{ArithmeticPeak, Epilogue, Peaks, Weight, check};
+use crate::ops::{ArithmeticPeak, Epilogue, Operands, Peaks, Weight, check};
 use crate::tensor::Tensor;
 
 /// Timings of which the best counts, after a call to warm up.
@@ -70,7 +70,7 @@ impl Cuda {
         let w = Weight::stacked(vec![Arc::new(w)])?;
         let mut peak = |maker, name| -> Result<ArithmeticPeak> {
             let gflops = self.best_rate(2 * n * n * n, || self.linear_by(maker, &mut y, &x, &w, None, Epilogue::Store))?;
-            Ok(ArithmeticPeak { dtype: self.dtype, how: format!("{name}, {n} x {n} x {n}"), gflops })
+            Ok(ArithmeticPeak { operands: Operands::Float(self.dtype), how: format!("{name}, {n} x {n} x {n}"), gflops })
         };
         let mut peaks = vec![peak(Maker::Kernels, "our own GEMM")?];
         if self.has_library(n)? {
@@ -122,15 +122,15 @@ mod tests {
         let how = |cuda: Cuda| {
             let peaks = cuda.peaks().unwrap();
             assert!(peaks.read_gbps > 0.0 && peaks.arithmetic.iter().all(|p| p.gflops > 0.0), "{peaks:?}");
-            peaks.arithmetic.into_iter().map(|p| (p.dtype, p.how)).collect::<Vec<_>>()
+            peaks.arithmetic.into_iter().map(|p| (p.operands, p.how)).collect::<Vec<_>>()
         };
-        let own = |dtype| (dtype, "our own GEMM, 128 x 128 x 128".to_owned());
+        let own = |dtype| (Operands::Float(dtype), "our own GEMM, 128 x 128 x 128".to_owned());
         for dtype in [DType::F32, DType::Bf16] {
             assert_eq!(how(Cuda::simulated(2, dtype).unwrap()), [own(dtype)]);
         }
         let with_library = |dtype| Cuda::on(Arc::new(Simulator::with_library(2)), dtype).unwrap();
         assert_eq!(how(with_library(DType::F32)), [own(DType::F32)]);
-        let library = (DType::Bf16, "cuBLASLt, 128 x 128 x 128".to_owned());
+        let library = (Operands::Float(DType::Bf16), "cuBLASLt, 128 x 128 x 128".to_owned());
         assert_eq!(how(with_library(DType::Bf16)), [own(DType::Bf16), library]);
     }
 

@@ -1,6 +1,7 @@
 //! Launches of `kernels/activation.cu`, `kernels/embed.cu` and `kernels/rope.cu`.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::Cuda;
 use super::driver::{Arg, Grid};
@@ -62,17 +63,18 @@ impl Cuda {
     }
 
     /// [`Ops::patchify`](crate::ops::Ops::patchify)
-    pub(super) fn patchify(&self, y: &mut Tensor, pixels: &Tensor, patch_size: usize) -> Result<()> {
+    pub(super) fn patchify(&self, y: &mut Tensor, pixels: &Tensor, images: Range<usize>, patch_size: usize) -> Result<()> {
         const OP: &str = "patchify";
-        let [_, height, width] = check::patchify(y, pixels, patch_size)?;
+        let [height, width] = check::patchify(y, pixels, &images, patch_size)?;
         check::dtype(OP, "y", y, self.dtype)?;
         check::dtype(OP, "pixels", pixels, DType::F32)?;
         // Block numbers and indices within a picture are ints in the kernel.
         int(OP, "rows of y", y.rows())?;
-        int(OP, "size of a picture", 3 * height * width)?;
+        int(OP, "size of a picture", pixels.row_len())?;
+        let first = address(OP, "pixels", pixels)?.offset(images.start * pixels.row_len() * pixels.dtype().size());
         let args = [
             Arg::Ptr(address(OP, "y", y)?),
-            Arg::Ptr(address(OP, "pixels", pixels)?),
+            Arg::Ptr(first),
             int(OP, "height", height)?,
             int(OP, "width", width)?,
             int(OP, "patch size", patch_size)?,
@@ -80,7 +82,8 @@ impl Cuda {
         if y.is_empty() {
             return Ok(());
         }
-        // SAFETY: the arguments are the kernel's; y has a row of 3·p·p for each patch, and p divides both sides (just checked).
+        // SAFETY: the arguments are the kernel's; the pictures are among those of pixels, y has a row of 3·p·p for each of their patches,
+        // and p divides both sides (just checked).
         unsafe { self.launch(Kernel::Patchify, grid(y.rows(), 1), &args) }
     }
 

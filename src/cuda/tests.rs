@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::Cuda;
 use crate::dtype::DType;
+use crate::image::{Fit, Preprocess, RgbImage, preprocess};
 use crate::ops::{Draw, Epilogue, Ops, Weight};
 use crate::tensor::Tensor;
 
@@ -112,4 +113,42 @@ fn steps_that_draw_are_replayed() {
     answer.iter().for_each(|&id| occurred[id as usize / 32] |= 1 << (id % 32));
     assert_eq!(cuda.download_i32(&seen).unwrap(), occurred, "{answer:?}");
     assert!(occurred.iter().map(|word: &i32| word.count_ones()).sum::<u32>() > 6, "draws repeat: {answer:?}");
+}
+
+/// Pictures come in strips: as one row of the first pass needs at least, and however long the whole is.
+#[test]
+fn strips_of_a_picture_make_the_whole() {
+    let cuda = Cuda::simulated(2, DType::F32).unwrap();
+    for (width, height) in [(50, 40), (23, 70), (70, 9)] {
+        let levels = (0..width * height * 3).map(|i: usize| (i.wrapping_mul(2_654_435_761) >> 9) as u8).collect();
+        let images = [RgbImage::new(width, height, levels).unwrap()];
+        for fit in [Fit::Crop, Fit::Pad] {
+            let config = Preprocess::clip(14, fit);
+            let expected = preprocess(&images, &config).unwrap();
+            for strip_bytes in [1, 1000, 5000, usize::MAX] {
+                let mut pixels = cuda.zeros(expected.shape(), DType::F32).unwrap();
+                cuda.preprocess_in_strips(&mut pixels, &images, &config, strip_bytes).unwrap();
+                let pixels = cuda.to_host(&pixels).unwrap();
+                assert!(pixels.as_bytes() == expected.as_bytes(), "{width} x {height}, {fit:?}, {strip_bytes}");
+            }
+        }
+    }
+}
+
+/// A device holds a strip and what the first pass made, however large the picture and however many of them come.
+#[test]
+fn pictures_do_not_fill_the_device() {
+    let cuda = Cuda::simulated(2, DType::F32).unwrap();
+    let most = 128 << 10;
+    for (width, height) in [(300, 400), (310, 400), (700, 200), (200, 500)] {
+        let images = [RgbImage::filled(width, height, [9, 99, 199]).unwrap()];
+        assert!(images[0].pixels().len() > 2 * most);
+        for fit in [Fit::Crop, Fit::Pad] {
+            let mut pixels = cuda.zeros(&[1, 3, 14, 14], DType::F32).unwrap();
+            // As many rows as one output of the columns-first pass needs take more than this.
+            cuda.preprocess_in_strips(&mut pixels, &images, &Preprocess::clip(14, fit), 4000).unwrap();
+        }
+    }
+    let held = cuda.arena.free_bytes();
+    assert!(held <= most, "{held} bytes");
 }

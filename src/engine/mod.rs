@@ -22,7 +22,7 @@ use crate::cuda::Cuda;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::image::{Fit, Preprocess, RgbImage, preprocess};
+use crate::image::{CHANNELS, Fit, Preprocess, RgbImage};
 use crate::infer::kv::KvCache;
 use crate::infer::runner::{Runner, StageObserver};
 use crate::model::checkpoint::Checkpoint;
@@ -56,6 +56,9 @@ pub struct EngineOptions {
     pub profile_ops: bool,
     /// Whether every op is done again by the CPU in f32, and the first that differs is an error; for debugging, and slow.
     pub check_ops: bool,
+    /// Whether the results of every op are searched for NaN and infinity, and the first is an error that names its layer and op; for
+    /// debugging, and slow.
+    pub check_nan: bool,
 }
 
 /// A model on a device, with its tokenizer and templates.
@@ -196,12 +199,15 @@ impl Engine {
         self.runner.observe(observer);
     }
 
-    /// Pixels of `images` as the tower takes them: f32 `[images, 3, image_size, image_size]`.
+    /// Pixels of `images` as the tower takes them: f32 `[images, 3, image_size, image_size]`, made on the device.
     pub fn preprocess(&self, images: &[RgbImage]) -> Result<Tensor> {
-        preprocess(images, &self.preprocess)
+        let (ops, side) = (self.runner.ops(), self.preprocess.crop_size);
+        let mut pixels = ops.alloc(&[images.len(), CHANNELS, side, side], DType::F32)?;
+        ops.preprocess(&mut pixels, images, &self.preprocess)?;
+        Ok(pixels)
     }
 
-    /// Features of `pixels` f32 `[images, 3, h, w]`: `[images · tokens per image, hidden]`.
+    /// Features of `pixels` f32 `[images, 3, h, w]` on the device: `[images · tokens per image, hidden]`.
     pub fn encode_image(&mut self, pixels: &Tensor) -> Result<Tensor> {
         self.runner.encode(pixels)
     }
@@ -272,16 +278,16 @@ pub fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice
             return Err(Error::Unsupported("this build has no kernel simulator: it was made without a C++ compiler".into()));
         }
         Device::Auto if !Cuda::has_driver() => cpu()?,
-        Device::Auto => match Cuda::open(0, compute) {
-            Ok(cuda) => Box::new(cuda),
-            Err(error) => {
-                note = Some(format!("running on the CPU: {error}"));
-                cpu()?
-            }
-        },
+        Device::Auto => {
+            let (ops, why) = gpu_or(Cuda::open(0, compute), cpu)?;
+            note = why;
+            ops
+        }
     };
-    if options.check_ops {
-        ops = Box::new(Checked::new(Box::new(Cpu::new(options.threads, DType::F32)?), ops));
+    if options.check_ops || options.check_nan {
+        let reference = || Ok::<_, Error>(Box::new(Cpu::new(options.threads, DType::F32)?) as Box<dyn Ops>);
+        let reference = options.check_ops.then(reference).transpose()?;
+        ops = Box::new(Checked::new(ops, reference, options.check_nan));
     }
     let mut records = None;
     if options.profile_ops {
@@ -292,7 +298,35 @@ pub fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice
     Ok(OpenDevice { ops, records, note })
 }
 
+/// The GPU if it can be used; else the CPU, and why.
+fn gpu_or(gpu: Result<Cuda>, cpu: impl FnOnce() -> Result<Box<dyn Ops>>) -> Result<(Box<dyn Ops>, Option<String>)> {
+    match gpu {
+        Ok(gpu) => Ok((Box::new(gpu), None)),
+        Err(error) => Ok((cpu()?, Some(format!("running on the CPU: {error}")))),
+    }
+}
+
 /// Bytes that a KV cache of `tokens` tokens takes when kept in `dtype`.
 pub fn kv_bytes(config: &LlavaConfig, dtype: DType, tokens: usize) -> usize {
     KvCache::bytes_per_token(config.text.n_layers, config.text.heads(), dtype) * tokens
+}
+
+#[cfg(all(test, llava_sim))]
+mod tests {
+    use super::*;
+    use crate::cuda::driver::Faults;
+
+    #[test]
+    fn auto_takes_the_cpu_where_the_gpu_cannot_be_used_and_says_why() {
+        let cpu = || Cpu::new(1, DType::F32).map(|cpu| Box::new(cpu) as Box<dyn Ops>);
+        let choose = |faults| gpu_or(Cuda::simulated_with(1, DType::F32, Faults::parse(faults).unwrap()), cpu).unwrap();
+        let (ops, why) = choose("");
+        assert!(ops.name().contains("simulator") && why.is_none(), "{why:?}");
+        for (faults, number) in [("driver=12.9", "12.9"), ("capability=7.5", "7.5")] {
+            let (ops, why) = choose(faults);
+            let why = why.unwrap();
+            assert_eq!(ops.name(), cpu().unwrap().name());
+            assert!(why.starts_with("running on the CPU: ") && why.contains(number), "{why}");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::image::RgbImage;
+use crate::infer::sampler::nan_logits;
 use crate::model::Slot;
 use crate::tensor::Tensor;
 use crate::text::Prompt;
@@ -50,7 +51,7 @@ impl Engine {
     /// Scores `prompt` with `images`.
     ///
     /// # Errors
-    /// If the prompt is empty, or does not fit the images or the context.
+    /// If the prompt is empty, or does not fit the images or the context; if there is a NaN among the logits.
     pub fn score(&mut self, prompt: &Prompt, images: &[RgbImage]) -> Result<Score> {
         let prompt = self.tokenize(prompt, images.len())?;
         let image_token = self.config().image_token_index.map_or(IMAGE_TOKEN_INDEX, i64::from);
@@ -71,16 +72,25 @@ impl Engine {
         let mut logprobs = Vec::with_capacity(input_ids.len());
         let mut last_logits = Vec::new();
         let mut targets = input_ids.iter().skip(1);
-        self.runner.extend(&mut table, 0, &prompt.slots, image_features.as_ref(), 0, |logits| match targets.next() {
-            Some(&target) => {
-                logprobs.push(usize::try_from(target).ok().filter(|&t| t < logits.len()).map_or(0.0, |t| log_softmax_at(logits, t)))
+        let mut has_nan = false;
+        self.runner.extend(&mut table, 0, &prompt.slots, image_features.as_ref(), 0, |logits| {
+            has_nan |= logits.iter().any(|l| l.is_nan());
+            match targets.next() {
+                Some(&target) => {
+                    let target = usize::try_from(target).ok().filter(|&t| t < logits.len());
+                    logprobs.push(target.map_or(0.0, |t| log_softmax_at(logits, t)));
+                }
+                None => last_logits = logits.to_vec(),
             }
-            None => last_logits = logits.to_vec(),
         })?;
-        let on_host = |features: Tensor| {
-            let values = self.runner.ops().download(&features)?;
-            Ok(Tensor::from_slice(features.shape(), &values))
+        if has_nan {
+            return Err(nan_logits());
+        }
+        let on_host = |tensor: Tensor| {
+            let values = self.runner.ops().download(&tensor)?;
+            Ok(Tensor::from_slice(tensor.shape(), &values))
         };
+        let pixel_values = pixel_values.map(on_host).transpose()?;
         let image_features = image_features.map(on_host).transpose()?;
         Ok(Score { input_ids, is_image, pixel_values, image_features, logprobs, last_logits })
     }

@@ -52,7 +52,9 @@ impl Template {
             (Profile::Hf, None) => Ok(Self::Named(text::Template::by_name("hf")?)),
             (Profile::Original, jinja) => {
                 let hint = jinja.as_ref().map(|j| j.source());
-                Ok(Self::Named(text::pick_by_hints(&folder.to_string_lossy(), hint)))
+                // Of a checkpoint that was made from another one, that one's name tells.
+                let name = checkpoint.quantized_from.as_ref().map_or_else(|| folder.to_string_lossy(), |name| name.into());
+                Ok(Self::Named(text::pick_by_hints(&name, hint)))
             }
         }
     }

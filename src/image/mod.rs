@@ -11,13 +11,15 @@ mod source;
 
 pub use decode::{Limits, decode};
 pub use preprocess::{CLIP_MEAN, CLIP_STD, Fit, Preprocess, preprocess};
+pub(crate) use preprocess::{Plan, preprocess_into};
 pub use resize::resize_bicubic;
+pub(crate) use resize::{Resize, Weights};
 pub use source::ImageSource;
 
 use crate::error::{Error, Result};
 
 /// Channels of every picture here: R, G, B.
-const CHANNELS: usize = 3;
+pub(crate) const CHANNELS: usize = 3;
 
 /// A picture of at least 1 x 1 pixels, 8 bits per channel.
 #[derive(Clone, PartialEq, Eq)]

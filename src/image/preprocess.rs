@@ -1,6 +1,6 @@
 //! From pictures of any size to what the vision tower takes: CLIP's preprocessing, and LLaVA's padding in front of it.
 
-use super::resize::{Canvas, Window, resample};
+use super::resize::{Canvas, Resize, Window};
 use super::{CHANNELS, RgbImage};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -55,14 +55,26 @@ impl Preprocess {
     ///
     /// value = (f32(level · rescale_factor) - mean) / std, with the product in f64 and the rest in f32, as `rescale` and `normalize`
     /// of transformers' `image_transforms.py` do.
-    fn levels(&self) -> [[f32; 256]; CHANNELS] {
+    pub(crate) fn levels(&self) -> [[f32; 256]; CHANNELS] {
         std::array::from_fn(|c| {
             std::array::from_fn(|level| ((level as f64 * self.rescale_factor) as f32 - self.mean[c]) / self.std[c])
         })
     }
 
+    /// What is to be done with one picture.
+    pub(crate) fn plan<'a>(&self, image: &'a RgbImage) -> Plan<'a> {
+        let canvas = match self.fit {
+            Fit::Crop => Canvas::of(image),
+            Fit::Pad => Canvas::square(image, self.pad_colour()),
+        };
+        let (width, height) = resized(canvas.width(), canvas.height(), self.shortest_edge);
+        let (columns, rows) = (Crop::centre(width, self.crop_size), Crop::centre(height, self.crop_size));
+        let window = Window { columns: columns.kept, rows: rows.kept };
+        Plan { resize: Resize::new(canvas, width, height, &window), left: columns.offset, top: rows.offset }
+    }
+
     /// Refuses constants that can give no picture.
-    fn check(&self) -> Result<()> {
+    pub fn check(&self) -> Result<()> {
         let bad = |what: &str, expected: &str, got: String| {
             Err(Error::usage(format!("preprocessing: {what} is {got}, expected {expected}")))
         };
@@ -82,37 +94,46 @@ impl Preprocess {
     }
 }
 
+/// One picture's way into the crop. Only the pixels inside of it are ever computed, so that a picture of 1 x 16384 costs no more than
+/// others.
+pub(crate) struct Plan<'a> {
+    /// Resizing, of the pixels that the crop keeps.
+    pub resize: Resize<'a>,
+    /// Columns of the crop to the left of them. A crop larger than the picture is black around it.
+    pub left: usize,
+    /// Rows of the crop above them.
+    pub top: usize,
+}
+
 /// Pictures as the tower takes them, f32 [n_images, 3, crop_size, crop_size].
 ///
 /// The steps of transformers' `CLIPImageProcessor` (Pillow backend): convert to RGB (done by [`super::decode`]), resize so that the
 /// shortest edge has its length, cut the centre out, rescale, normalise; with [`Fit::Pad`] LLaVA's `expand2square` before them.
-/// Only the pixels inside the crop are ever computed, so that a picture of 1 x 16384 costs no more than others.
 pub fn preprocess(images: &[RgbImage], config: &Preprocess) -> Result<Tensor> {
     config.check()?;
+    let mut out = Tensor::zeros(&[images.len(), CHANNELS, config.crop_size, config.crop_size], DType::F32);
+    preprocess_into(out.as_mut_slice(), images, config);
+    Ok(out)
+}
+
+/// [`preprocess`] into `out` f32 [n_images, 3, crop_size, crop_size], with constants that were checked.
+pub(crate) fn preprocess_into(out: &mut [f32], images: &[RgbImage], config: &Preprocess) {
     let side = config.crop_size;
     let levels = config.levels();
-    let mut out = Tensor::zeros(&[images.len(), CHANNELS, side, side], DType::F32);
-    for (image, planes) in images.iter().zip(out.as_mut_slice::<f32>().chunks_exact_mut(CHANNELS * side * side)) {
-        let canvas = match config.fit {
-            Fit::Crop => Canvas::of(image),
-            Fit::Pad => Canvas::square(image, config.pad_colour()),
-        };
-        let (width, height) = resized(canvas.width(), canvas.height(), config.shortest_edge);
-        let (columns, rows) = (Crop::centre(width, side), Crop::centre(height, side));
-        let window = Window { columns: columns.kept.clone(), rows: rows.kept.clone() };
-        let pixels = resample(&canvas, width, height, &window); // [rows kept, columns kept, 3]
+    for (image, planes) in images.iter().zip(out.chunks_exact_mut(CHANNELS * side * side)) {
+        let Plan { resize, left, top } = config.plan(image);
+        let pixels = resize.run(); // [rows kept, columns kept, 3]
         for (plane, levels) in planes.chunks_exact_mut(side * side).zip(&levels) {
-            plane.fill(levels[0]); // a crop larger than the picture is black around it
+            plane.fill(levels[0]);
         }
-        for (y, row) in pixels.chunks_exact(columns.kept.len() * CHANNELS).enumerate() {
+        for (y, row) in pixels.chunks_exact(resize.horizontal.outputs.len() * CHANNELS).enumerate() {
             for (x, pixel) in row.chunks_exact(CHANNELS).enumerate() {
                 for c in 0..CHANNELS {
-                    planes[(c * side + rows.offset + y) * side + columns.offset + x] = levels[c][usize::from(pixel[c])];
+                    planes[(c * side + top + y) * side + left + x] = levels[c][usize::from(pixel[c])];
                 }
             }
         }
     }
-    Ok(out)
 }
 
 /// Width and height after the shortest edge got its length: the other one is int(shortest_edge · long / short), where the quotient

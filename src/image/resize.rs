@@ -43,7 +43,7 @@ pub fn resize_bicubic(image: &RgbImage, width: usize, height: usize) -> Result<R
         return Err(Error::shape("resize", "size", "at least 1 x 1, within memory", (width, height)));
     }
     let window = Window { columns: 0..width, rows: 0..height };
-    Ok(RgbImage { width, height, pixels: resample(&Canvas::of(image), width, height, &window) })
+    Ok(RgbImage { width, height, pixels: Resize::new(Canvas::of(image), width, height, &window).run() })
 }
 
 /// A part of an output picture, in pixels.
@@ -56,7 +56,7 @@ pub(super) struct Window {
 }
 
 /// A picture somewhere on a larger field of one colour.
-pub(super) struct Canvas<'a> {
+pub(crate) struct Canvas<'a> {
     image: &'a RgbImage,
     width: usize,
     height: usize,
@@ -89,9 +89,29 @@ impl<'a> Canvas<'a> {
         self.height
     }
 
+    /// The picture that is on it.
+    pub fn image(&self) -> &'a RgbImage {
+        self.image
+    }
+
+    /// The columns that the picture takes.
+    pub fn image_columns(&self) -> Range<usize> {
+        self.left..self.left + self.image.width
+    }
+
+    /// The rows that the picture takes.
+    pub fn image_rows(&self) -> Range<usize> {
+        self.top..self.top + self.image.height
+    }
+
+    /// The colour of the field.
+    pub fn fill(&self) -> [u8; CHANNELS] {
+        self.fill
+    }
+
     /// The row of the picture that lies in row `y`, or `None` if that row is all field.
     fn image_row(&self, y: usize) -> Option<&'a [u8]> {
-        (self.top..self.top + self.image.height).contains(&y).then(|| self.image.row(y - self.top))
+        self.image_rows().contains(&y).then(|| self.image.row(y - self.top))
     }
 
     /// Writes the picture's part of a row; the rest of `row`, [width, 3], keeps the fill colour it was made with.
@@ -100,23 +120,49 @@ impl<'a> Canvas<'a> {
     }
 }
 
-/// The window of `canvas` resized to `width` x `height`, [window rows, window columns, 3].
-pub(super) fn resample(canvas: &Canvas, width: usize, height: usize, window: &Window) -> Vec<u8> {
-    let horizontal = (width != canvas.width).then(|| Weights::new(canvas.width, width, window.columns.clone()));
-    let vertical = (height != canvas.height).then(|| Weights::new(canvas.height, height, window.rows.clone()));
-    // The first of two passes makes only what the second one reads.
-    match (horizontal, vertical) {
-        (Some(horizontal), Some(vertical)) if vertical_first(canvas, width, height) => {
-            let rows = narrow(canvas, None, &(0..canvas.width), vertical.inputs());
-            let pixels = shorten(&rows, canvas.width * CHANNELS, vertical.inputs().start, &vertical);
-            let shortened = RgbImage { width: canvas.width, height: window.rows.len(), pixels };
-            narrow(&Canvas::of(&shortened), Some(&horizontal), &window.columns, 0..shortened.height)
+/// How a window of a canvas is resized: both passes with their weights, and which comes first. A device may run both passes where the
+/// host skips one that would change nothing: its weights are then 2^22 at the pixel itself and 0 beside it.
+pub(crate) struct Resize<'a> {
+    /// What is resized.
+    pub canvas: Canvas<'a>,
+    /// Weights of the window's columns.
+    pub horizontal: Weights,
+    /// Weights of the window's rows.
+    pub vertical: Weights,
+    /// Whether the columns are resized before the rows.
+    pub vertical_first: bool,
+}
+
+impl<'a> Resize<'a> {
+    /// The window of `canvas` resized to `width` x `height`.
+    pub(super) fn new(canvas: Canvas<'a>, width: usize, height: usize, window: &Window) -> Self {
+        Self {
+            horizontal: Weights::new(canvas.width, width, window.columns.clone()),
+            vertical: Weights::new(canvas.height, height, window.rows.clone()),
+            vertical_first: vertical_first(&canvas, width, height),
+            canvas,
         }
-        (horizontal, Some(vertical)) => {
-            let rows = narrow(canvas, horizontal.as_ref(), &window.columns, vertical.inputs());
-            shorten(&rows, window.columns.len() * CHANNELS, vertical.inputs().start, &vertical)
+    }
+
+    /// The window's pixels, [window rows, window columns, 3]. The first of two passes makes only what the second one reads.
+    pub(super) fn run(&self) -> Vec<u8> {
+        let Self { canvas, horizontal, vertical, .. } = self;
+        let (columns, rows) = (&horizontal.outputs, &vertical.outputs);
+        let horizontal = (!horizontal.keeps_length).then_some(horizontal);
+        let vertical = (!vertical.keeps_length).then_some(vertical);
+        match (horizontal, vertical) {
+            (Some(_), Some(vertical)) if self.vertical_first => {
+                let read = narrow(canvas, None, &(0..canvas.width), vertical.inputs());
+                let pixels = shorten(&read, canvas.width * CHANNELS, vertical.inputs().start, vertical);
+                let shortened = RgbImage { width: canvas.width, height: rows.len(), pixels };
+                narrow(&Canvas::of(&shortened), horizontal, columns, 0..shortened.height)
+            }
+            (horizontal, Some(vertical)) => {
+                let read = narrow(canvas, horizontal, columns, vertical.inputs());
+                shorten(&read, columns.len() * CHANNELS, vertical.inputs().start, vertical)
+            }
+            (horizontal, None) => narrow(canvas, horizontal, columns, rows.clone()),
         }
-        (horizontal, None) => narrow(canvas, horizontal.as_ref(), &window.columns, window.rows.clone()),
     }
 }
 
@@ -237,13 +283,17 @@ fn to_u8(sum: i32) -> u8 {
 }
 
 /// What each output coordinate of one axis is made of.
-struct Weights {
+pub(crate) struct Weights {
+    /// The output coordinates.
+    pub outputs: Range<usize>,
     /// The input coordinates that an output coordinate reads.
-    bounds: Vec<Range<usize>>,
+    pub bounds: Vec<Range<usize>>,
     /// Their weights in units of 2^-22, [outputs, padded_taps], zero behind the end of the bounds.
-    k: Vec<i32>,
+    pub k: Vec<i32>,
     /// Room for the taps of one output, a multiple of [`TAP_BLOCK`].
-    padded_taps: usize,
+    pub padded_taps: usize,
+    /// Whether the axis keeps its length, and so all its pixels.
+    keeps_length: bool,
 }
 
 impl Weights {
@@ -257,7 +307,7 @@ impl Weights {
         let mut bounds = Vec::with_capacity(outputs.len());
         let mut k = vec![0; outputs.len() * padded_taps];
         let mut w = Vec::with_capacity(max_taps);
-        for (o, k) in outputs.zip(k.chunks_exact_mut(padded_taps)) {
+        for (o, k) in outputs.clone().zip(k.chunks_exact_mut(padded_taps)) {
             let centre = (o as f64 + 0.5) * scale;
             // `as usize` cuts off the fraction and takes anything negative as zero, as the reference does in two steps.
             let start = (centre - support + 0.5) as usize;
@@ -272,11 +322,11 @@ impl Weights {
             }
             bounds.push(start..end);
         }
-        Self { bounds, k, padded_taps }
+        Self { outputs, bounds, k, padded_taps, keeps_length: n_in == n_out }
     }
 
     /// All input coordinates that are read: bounds grow with the output coordinate.
-    fn inputs(&self) -> Range<usize> {
+    pub fn inputs(&self) -> Range<usize> {
         match (self.bounds.first(), self.bounds.last()) {
             (Some(first), Some(last)) => first.start..last.end,
             _ => 0..0,
@@ -343,7 +393,7 @@ mod tests {
             let image = patterned(width, height);
             let whole = resize_bicubic(&image, to_width, to_height).unwrap();
             let window = Window { columns: 3..7, rows: 5..9 };
-            let part = resample(&Canvas::of(&image), to_width, to_height, &window);
+            let part = Resize::new(Canvas::of(&image), to_width, to_height, &window).run();
             let expected: Vec<u8> = window.rows.flat_map(|y| whole.row(y)[3 * CHANNELS..7 * CHANNELS].to_vec()).collect();
             assert_eq!(part, expected, "{width} x {height} to {to_width} x {to_height}");
         }
@@ -362,7 +412,7 @@ mod tests {
                 let window = Window { columns: 0..to, rows: 0..to };
                 let expected = resize_bicubic(&square, to, to).unwrap();
                 assert_eq!(
-                    resample(&Canvas::square(&image, fill), to, to, &window),
+                    Resize::new(Canvas::square(&image, fill), to, to, &window).run(),
                     expected.pixels(),
                     "{width} x {height} to {to}"
                 );

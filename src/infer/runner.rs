@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use super::kv::{KvCache, PAGE_TOKENS, PageTable};
 use super::sampler::Sampler;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, size};
 use crate::model::{Ctx, LlamaActs, Llava, Slot, Stage};
 use crate::ops::{Ops, Span};
 use crate::tensor::Tensor;
@@ -14,6 +14,9 @@ use crate::tensor::Tensor;
 /// Tokens of a prompt that run at once. Each weight is read once per chunk, so that a chunk must be long against what compute and
 /// memory bandwidth balance at; and its activations are all the memory that a long prompt takes beside its cache.
 const CHUNK_TOKENS: usize = 1024;
+
+/// What to do where a context is too long for a device's memory.
+const LESS_CONTEXT: &str = "take a shorter --context, fewer sequences at once, or run with --device cpu";
 
 /// Called at every stage of a forward pass.
 pub type StageObserver = Box<dyn FnMut(Stage, &Tensor) + Send>;
@@ -42,11 +45,17 @@ impl Runner {
     /// A runner whose cache holds `n_contexts` whole contexts; `kv_dtype` is what keys and values are kept in.
     pub fn new(ops: Box<dyn Ops>, model: Llava, kv_dtype: DType, n_contexts: usize) -> Result<Self> {
         let config = model.config();
-        let acts = LlamaActs::plan(&*ops, &config.text, CHUNK_TOKENS.min(config.context_tokens).max(n_contexts))?;
+        let chunk = CHUNK_TOKENS.min(config.context_tokens).max(n_contexts);
+        let acts = LlamaActs::plan(&*ops, &config.text, chunk)
+            .map_err(|e| e.lacking_for(format_args!("buffers of {chunk} tokens at once"), LESS_CONTEXT))?;
         // Sequences share no page, so that each rounds up for itself.
         let tokens = config.context_tokens.next_multiple_of(PAGE_TOKENS).checked_mul(n_contexts);
         let tokens = tokens.ok_or_else(|| Error::usage(format!("{n_contexts} contexts at once are more than any memory holds")))?;
-        let kv = KvCache::new(&*ops, config.text.n_layers, config.text.heads(), tokens, kv_dtype)?;
+        let (n_layers, heads) = (config.text.n_layers, config.text.heads());
+        let kv = KvCache::new(&*ops, n_layers, heads, tokens, kv_dtype).map_err(|e| {
+            let bytes = size(KvCache::bytes_per_token(n_layers, heads, kv_dtype).saturating_mul(tokens));
+            e.lacking_for(format_args!("a KV cache of {tokens} tokens ({bytes} in all)"), LESS_CONTEXT)
+        })?;
         Ok(Self { ops, model, acts, kv, cancel: Arc::default(), observer: None })
     }
 
@@ -75,11 +84,12 @@ impl Runner {
         self.observer = observer;
     }
 
-    /// Features of `pixels` f32 `[images, 3, h, w]`: `[images · tokens per image, hidden]`.
+    /// Features of `pixels` f32 `[images, 3, h, w]` on the device: `[images · tokens per image, hidden]`.
     pub fn encode(&mut self, pixels: &Tensor) -> Result<Tensor> {
         let Self { ops, model, cancel, observer, .. } = self;
         let mut ctx = Ctx { ops: &**ops, observer: observer.as_mut().map(|o| &mut **o as _), cancel: Some(cancel) };
-        model.encode(&mut ctx, pixels)
+        let advice = "give fewer images, take a shorter --context, or run with --device cpu";
+        model.encode(&mut ctx, pixels).map_err(|e| e.lacking_for("encoding the images", advice))
     }
 
     /// Runs `slots` after the `past` cached tokens of the sequence in `table`, and hands the logits `[vocab]` of each row from

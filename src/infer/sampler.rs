@@ -88,9 +88,16 @@ impl Sampler {
         let SamplingOptions { temperature, top_k, top_p, min_p, repetition_penalty, seed: _ } = self.options;
         let draw = Draw { repetition_penalty, temperature, top_k, top_p, min_p, random: self.rng.next_u64() };
         ops.sample(&mut self.ids, logits, &mut self.seen, &[draw])?;
-        u32::try_from(ops.download_i32(&self.ids)?[0])
-            .map_err(|_| Error::Unsupported("the model gave NaN for a logit: its weights or the chosen dtype do not work".into()))
+        u32::try_from(ops.download_i32(&self.ids)?[0]).map_err(|_| nan_logits())
     }
+}
+
+/// The error of logits with a NaN among them.
+pub fn nan_logits() -> Error {
+    Error::Unsupported(
+        "the model gave NaN for a logit: its weights or the chosen dtype do not work; --check-nan names the layer that it comes from"
+            .into(),
+    )
 }
 
 #[cfg(test)]

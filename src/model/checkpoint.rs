@@ -20,6 +20,11 @@ use super::config::{ClipConfig, Fit, LlavaConfig, Preprocess, ProjectorConfig};
 use super::keys::Keys;
 use super::{config_json, preprocess_json};
 
+/// How `quantization_config` in `config.json` names the packing of this project, and its newest version.
+pub const QUANT_METHOD: &str = "llava-engine";
+/// See [`QUANT_METHOD`].
+pub const QUANT_VERSION: i64 = 1;
+
 /// An opened checkpoint. Its weights are mapped, not read.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -33,8 +38,10 @@ pub struct Checkpoint {
     pub chat_template: Option<String>,
     /// What was found.
     pub layout: Layout,
-    /// Number format of the decoder's matrices.
+    /// Number format of the decoder's matrices; of its embedding if they are packed.
     pub dtype: DType,
+    /// The name of the checkpoint that this one was made from, if it was quantized.
+    pub quantized_from: Option<String>,
 }
 
 /// The layout of a checkpoint and where its parts lie.
@@ -115,13 +122,15 @@ impl Checkpoint {
     pub fn open(path: &Path, base: Option<&Path>) -> Result<Self> {
         let folder = Folder::open(path)?;
         let keys = Keys::new(&folder.config_path, &folder.config);
-        if ["mm_vision_tower", "mm_projector_type", "mm_hidden_size"].iter().any(|key| keys.has(key)) {
+        let quantized_from = quantization(&keys)?;
+        let checkpoint = if ["mm_vision_tower", "mm_projector_type", "mm_hidden_size"].iter().any(|key| keys.has(key)) {
             Self::original(&folder, &keys, base)
         } else if is_hf(&keys)? {
             Self::hf(&folder, &keys)
         } else {
             Err(folder.another(&keys))
-        }
+        };
+        Ok(Self { quantized_from, ..checkpoint? })
     }
 
     fn hf(folder: &Folder, keys: &Keys) -> Result<Self> {
@@ -186,7 +195,23 @@ impl Checkpoint {
         let dtype = check_decoder(folder, &weights)?;
         let tokenizer_dir = tokenizer_dir.to_owned();
         let chat_template = chat_template(&tokenizer_dir)?;
-        Ok(Self { config, weights, tokenizer_dir, chat_template, layout, dtype })
+        Ok(Self { config, weights, tokenizer_dir, chat_template, layout, dtype, quantized_from: None })
+    }
+}
+
+/// What the checkpoint was quantized from, if it was; refused if in a way that there are no kernels for.
+fn quantization(keys: &Keys) -> Result<Option<String>> {
+    let key = "quantization_config";
+    if !keys.has(key) {
+        return Ok(None);
+    }
+    let quantization = keys.object(key)?;
+    match quantization.str("quant_method")? {
+        Some(QUANT_METHOD) => match quantization.int("version", 0..=i64::MAX)? {
+            Some(1..=QUANT_VERSION) => Ok(quantization.str("source")?.map(str::to_owned)),
+            _ => Err(quantization.unsupported("version", "written by a newer version of this program: update it")),
+        },
+        _ => Err(quantization.unsupported("quant_method", "use the checkpoint that it was made from, and `llava-engine quantize`")),
     }
 }
 
@@ -205,7 +230,9 @@ fn check_decoder(folder: &Folder, weights: &Store) -> Result<DType> {
             return Err(Error::tensor(entry.source, entry.file, problem));
         }
     }
-    let name = "llama.layers.0.self_attn.q_proj.weight";
+    // Packed matrices have none; what stands beside them tells.
+    let packed = weights.contains("llama.layers.0.self_attn.q_proj.words");
+    let name = if packed { "llama.embed_tokens.weight" } else { "llama.layers.0.self_attn.q_proj.weight" };
     match weights.dtype(name) {
         Some(StoredDType::Known(dtype @ (DType::F32 | DType::F16 | DType::Bf16))) => Ok(*dtype),
         Some(other) => Err(Error::tensor(name, folder.path, format!("is stored as {other}: weights are f32, f16 or bf16"))),

@@ -1,10 +1,12 @@
 //! CLIP's vision tower (Radford et al., arXiv 2103.00020; HF `modeling_clip.py`), up to the layer that LLaVA takes features from.
 
+use std::ops::Range;
+
 use super::acts::ClipActs;
 use super::config::{Activation, ClipConfig};
 use super::load::Loader;
 use super::stage::{Ctx, Stage};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::{LayerNorm, Linear};
 use crate::ops::{Epilogue, Heads, KvSource, Span, Weight};
 use crate::tensor::Tensor;
@@ -42,26 +44,29 @@ impl Clip {
         })
     }
 
-    /// Hidden states of `pixels` f32 `[images, 3, image_size, image_size]`, left in `acts.x` `[images · (1 + n_patches), hidden]`.
-    pub fn forward(&self, ctx: &mut Ctx<'_>, acts: &mut ClipActs, pixels: &Tensor) -> Result<()> {
-        let n_images = pixels.rows();
+    /// Hidden states of the pictures `images` of `pixels` f32 `[n, 3, image_size, image_size]`, left in `acts.x`
+    /// `[images · (1 + n_patches), hidden]`.
+    pub fn forward(&self, ctx: &mut Ctx<'_>, acts: &mut ClipActs, pixels: &Tensor, images: Range<usize>) -> Result<()> {
+        let n_images = images.len();
         for t in [&mut acts.patches, &mut acts.patch_embeddings] {
             t.set_rows(n_images * self.n_patches);
         }
         for t in [&mut acts.x, &mut acts.normed, &mut acts.qkv, &mut acts.attn, &mut acts.mlp] {
             t.set_rows(n_images * (1 + self.n_patches));
         }
-        ctx.ops.patchify(&mut acts.patches, pixels, self.patch_size)?;
-        self.patch_embedding.forward(ctx.ops, &mut acts.patch_embeddings, &acts.patches)?;
+        let in_embeddings = |e: Error| e.within("vision embeddings");
+        ctx.ops.patchify(&mut acts.patches, pixels, images, self.patch_size).map_err(in_embeddings)?;
+        self.patch_embedding.forward(ctx.ops, &mut acts.patch_embeddings, &acts.patches).map_err(in_embeddings)?;
         ctx.observe(Stage::PatchEmbedding, &acts.patch_embeddings)?;
-        ctx.ops.clip_embed(&mut acts.normed, &acts.patch_embeddings, &self.class_embedding, &self.position_embedding)?;
+        let (class, positions) = (&self.class_embedding, &self.position_embedding);
+        ctx.ops.clip_embed(&mut acts.normed, &acts.patch_embeddings, class, positions).map_err(in_embeddings)?;
         ctx.observe(Stage::ClipEmbeddings, &acts.normed)?;
-        self.pre_norm.forward(ctx.ops, &mut acts.x, &acts.normed)?;
+        self.pre_norm.forward(ctx.ops, &mut acts.x, &acts.normed).map_err(in_embeddings)?;
         ctx.observe(Stage::ClipHidden(0), &acts.x)?;
         let spans = Span::uniform(n_images, 1 + self.n_patches);
         for (i, layer) in self.layers.iter().enumerate() {
             ctx.check_cancelled()?;
-            layer.forward(ctx, acts, &spans)?;
+            layer.forward(ctx, acts, &spans).map_err(|e| e.within(format_args!("vision layer {i}")))?;
             ctx.observe(Stage::ClipHidden(i + 1), &acts.x)?;
         }
         Ok(())

@@ -24,7 +24,6 @@ const MAX_CONTEXT: usize = 1 << 24;
 /// # Errors
 /// [`Error::File`] if a value is malformed or contradicts another, [`Error::Unsupported`] if it asks for what is not implemented.
 pub fn hf(keys: &Keys, generation: Option<&Keys>, preprocess: Preprocess) -> Result<LlavaConfig> {
-    refuse_quantized(keys)?;
     // LlavaConfig takes ViT-L/14-336 without `vision_config`, but fills the gaps of one from CLIPVisionConfig's defaults.
     let vision_keys = keys.object("vision_config")?;
     let vision = if keys.has("vision_config") { clip(&vision_keys)? } else { ClipConfig::vit_l_14(336) };
@@ -64,7 +63,6 @@ pub fn hf(keys: &Keys, generation: Option<&Keys>, preprocess: Preprocess) -> Res
 /// # Errors
 /// As [`hf`].
 pub fn original(keys: &Keys, generation: Option<&Keys>, vision: ClipConfig, preprocess: Preprocess) -> Result<LlavaConfig> {
-    refuse_quantized(keys)?;
     if keys.bool("mm_use_im_start_end")? == Some(true) {
         return Err(keys.unsupported("mm_use_im_start_end", "prompts with <im_start> and <im_end> are not supported"));
     }
@@ -266,12 +264,4 @@ fn eos_token_ids(sources: &[Option<&Keys>]) -> Result<Vec<u32>> {
     };
     let ids = ids.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect::<Option<Vec<_>>>();
     ids.filter(|ids| !ids.is_empty()).ok_or_else(|| keys.error(key, "a token id or a list of them"))
-}
-
-fn refuse_quantized(keys: &Keys) -> Result<()> {
-    if keys.has("quantization_config") {
-        let why = "checkpoints quantized by other programs are not supported, use the one they were made from";
-        return Err(keys.unsupported("quantization_config", why));
-    }
-    Ok(())
 }

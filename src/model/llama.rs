@@ -6,9 +6,9 @@ use super::acts::{BlockActs, HEAD_ROWS, LlamaActs};
 use super::config::LlamaConfig;
 use super::load::Loader;
 use super::stage::{Ctx, Stage};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::{Linear, RmsNorm, rope_table};
-use crate::ops::{Heads, KvLayer, KvSource, RopeTable, RowCopy, Span, Weight};
+use crate::ops::{Heads, KvLayer, KvSource, Matrix, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 /// The decoder.
@@ -25,12 +25,15 @@ impl Llama {
     pub fn load(loader: &Loader<'_>, config: &LlamaConfig, context_tokens: usize) -> Result<Self> {
         let table = [config.vocab_size, config.hidden_size];
         let embedding = loader.matrix("llama.embed_tokens.weight", &table)?;
-        let head = if config.tie_word_embeddings { embedding.clone() } else { loader.matrix("llama.lm_head.weight", &table)? };
+        let head = match config.tie_word_embeddings {
+            true => Matrix::Dense(embedding.clone()),
+            false => loader.module("llama.lm_head", config.vocab_size, config.hidden_size)?,
+        };
         Ok(Self {
             embedding,
             blocks: (0..config.n_layers).map(|i| Block::load(loader, config, i)).collect::<Result<_>>()?,
             norm: loader.rms_norm("llama.norm", config.hidden_size, config.rms_norm_eps)?,
-            head: Linear { weight: Weight::stacked(vec![head])?, bias: None },
+            head: Linear { weight: Weight::of(vec![head])?, bias: None },
             rope: rope_table(loader.ops, context_tokens, config.head_dim, config.rope_theta, &config.rope_scaling)?,
         })
     }
@@ -57,12 +60,14 @@ impl Llama {
         let n_full = self.blocks.len() - usize::from(trim_last);
         for (i, block) in self.blocks[..n_full].iter().enumerate() {
             ctx.check_cancelled()?;
-            block.forward(ctx, all, &mut kv[i], &self.rope, spans)?;
+            block.forward(ctx, all, &mut kv[i], &self.rope, spans).map_err(|e| e.within(format_args!("decoder layer {i}")))?;
             ctx.observe(Stage::DecoderHidden(i + 1), &all.x)?;
         }
-        ctx.ops.copy_rows(&mut tail.x, &all.x, outputs)?;
+        ctx.ops.copy_rows(&mut tail.x, &all.x, outputs).map_err(|e| e.within("decoder outputs"))?;
         if trim_last {
-            self.blocks[n_full].forward_trimmed(ctx, all, tail, &mut kv[n_full], &self.rope, spans, outputs)?;
+            let last = &self.blocks[n_full];
+            let done = last.forward_trimmed(ctx, all, tail, &mut kv[n_full], &self.rope, spans, outputs);
+            done.map_err(|e| e.within(format_args!("decoder layer {n_full}")))?;
             ctx.observe(Stage::DecoderHidden(n_full + 1), &tail.x)?;
         }
         Ok(())
@@ -72,17 +77,23 @@ impl Llama {
     /// on the device.
     pub fn logits(&self, ctx: &mut Ctx<'_>, acts: &mut LlamaActs, mut take: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
         let LlamaActs { all, tail, logits, .. } = acts;
-        self.norm.forward(ctx.ops, &mut tail.normed, &tail.x)?;
+        let in_head = |e: Error| e.within("decoder head");
+        self.norm.forward(ctx.ops, &mut tail.normed, &tail.x).map_err(in_head)?;
         for first in (0..tail.tokens()).step_by(HEAD_ROWS) {
             let n_rows = HEAD_ROWS.min(tail.tokens() - first);
             // The other set of buffers has done its work.
             all.normed.set_rows(n_rows);
             logits.set_rows(n_rows);
-            ctx.ops.copy_rows(&mut all.normed, &tail.normed, &[RowCopy { dst: 0, src: first, n_rows }])?;
-            self.head.forward(ctx.ops, logits, &all.normed)?;
+            ctx.ops.copy_rows(&mut all.normed, &tail.normed, &[RowCopy { dst: 0, src: first, n_rows }]).map_err(in_head)?;
+            self.head.forward(ctx.ops, logits, &all.normed).map_err(in_head)?;
             take(logits)?;
         }
         Ok(())
+    }
+
+    /// How the matrices of its layers are stored, as the first of them is.
+    pub fn weights(&self) -> String {
+        self.blocks.first().map_or(&self.head, |block| &block.qkv).weight.parts[0].storage()
     }
 
     /// Number of layers: as many as a KV cache must have.

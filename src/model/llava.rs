@@ -40,12 +40,19 @@ impl Llava {
     /// Loads the model; `dtype` converts matrices, `None` keeps them as they are stored.
     pub fn load(ops: &dyn Ops, config: &LlavaConfig, weights: &dyn Source, dtype: Option<DType>) -> Result<Self> {
         let loader = Loader { ops, weights, dtype };
-        Ok(Self {
-            clip: Clip::load(&loader, &config.vision, config.n_vision_layers)?,
-            projector: Projector::load(&loader, &config.projector, config.vision.hidden_size, config.text.hidden_size)?,
-            llama: Llama::load(&loader, &config.text, config.context_tokens)?,
-            config: config.clone(),
-        })
+        let load = || {
+            Ok(Self {
+                clip: Clip::load(&loader, &config.vision, config.n_vision_layers)?,
+                projector: Projector::load(&loader, &config.projector, config.vision.hidden_size, config.text.hidden_size)?,
+                llama: Llama::load(&loader, &config.text, config.context_tokens)?,
+                config: config.clone(),
+            })
+        };
+        let advice = match dtype {
+            Some(DType::F32) => "take --dtype bf16, which halves them, or run with --device cpu",
+            _ => "take a smaller model, or run with --device cpu",
+        };
+        load().map_err(|e: Error| e.lacking_for("the model's weights", advice))
     }
 
     /// Its configuration.
@@ -58,7 +65,7 @@ impl Llava {
         &self.llama
     }
 
-    /// Features of `pixels` f32 `[images, 3, image_size, image_size]`: `[images · tokens per image, hidden]`.
+    /// Features of `pixels` f32 `[images, 3, image_size, image_size]` on the device: `[images · tokens per image, hidden]`.
     pub fn encode(&self, ctx: &mut Ctx<'_>, pixels: &Tensor) -> Result<Tensor> {
         let n_images = pixels.rows();
         let tokens_per_image = self.config.tokens_per_image();
@@ -66,19 +73,16 @@ impl Llava {
         let mut selected =
             ctx.ops.alloc(&[n_images * tokens_per_image, self.config.vision.hidden_size], ctx.ops.activation_dtype())?;
         let mut acts = ClipActs::plan(ctx.ops, &self.config.vision, n_images.min(IMAGES_AT_ONCE))?;
-        let pixels_per_image = pixels.row_len();
         for first in (0..n_images).step_by(IMAGES_AT_ONCE) {
             let n = IMAGES_AT_ONCE.min(n_images - first);
-            let shape = [&[n], &pixels.shape()[1..]].concat();
-            let values = &pixels.as_slice::<f32>()[first * pixels_per_image..(first + n) * pixels_per_image];
-            let batch = ctx.ops.upload(Tensor::from_slice(&shape, values))?;
-            self.clip.forward(ctx, &mut acts, &batch)?;
+            self.clip.forward(ctx, &mut acts, pixels, first..first + n)?;
             let skip = usize::from(self.config.feature_select == FeatureSelect::Patch); // the class token comes first
             let select = |i| RowCopy { dst: (first + i) * tokens_per_image, src: i * clip_tokens + skip, n_rows: tokens_per_image };
-            ctx.ops.copy_rows(&mut selected, &acts.x, &(0..n).map(select).collect::<Vec<_>>())?;
+            let selection: Vec<_> = (0..n).map(select).collect();
+            ctx.ops.copy_rows(&mut selected, &acts.x, &selection).map_err(|e| e.within("vision outputs"))?;
         }
         ctx.observe(Stage::ClipSelected, &selected)?;
-        let features = self.projector.forward(ctx.ops, selected)?;
+        let features = self.projector.forward(ctx.ops, selected).map_err(|e| e.within("projector"))?;
         ctx.observe(Stage::ImageFeatures, &features)?;
         Ok(features)
     }
@@ -113,7 +117,7 @@ impl Llava {
         first_output: usize,
         take: impl FnMut(&Tensor) -> Result<()>,
     ) -> Result<()> {
-        self.embed(ctx, acts, slots, features)?;
+        self.embed(ctx, acts, slots, features).map_err(|e| e.within("input embeddings"))?;
         let outputs = RowCopy { dst: 0, src: first_output.min(slots.len()), n_rows: slots.len().saturating_sub(first_output) };
         self.llama.forward(ctx, acts, kv, spans, &[outputs])?;
         if outputs.n_rows > 0 { self.llama.logits(ctx, acts, take) } else { Ok(()) }

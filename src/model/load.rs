@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::nn::{LayerNorm, Linear, RmsNorm};
-use crate::ops::{Ops, Weight};
+use crate::ops::{Matrix, Ops, Packed, Weight};
 use crate::tensor::Tensor;
 use crate::weights::Source;
 
@@ -37,9 +37,19 @@ impl Loader<'_> {
 
     /// y = x·Wᵀ: the matrices `prefix.{name}.weight`, `[n, k]` each, stacked.
     pub fn linear(&self, prefix: &str, parts: &[(&str, usize)], k: usize) -> Result<Linear> {
-        let matrices =
-            parts.iter().map(|(name, n)| self.matrix(&format!("{prefix}.{name}.weight"), &[*n, k])).collect::<Result<_>>()?;
-        Ok(Linear { weight: Weight::stacked(matrices)?, bias: None })
+        let matrices = parts.iter().map(|(name, n)| self.module(&format!("{prefix}.{name}"), *n, k)).collect::<Result<_>>()?;
+        Ok(Linear { weight: Weight::of(matrices)?, bias: None })
+    }
+
+    /// The matrix `[n, k]` of a module, as it is stored.
+    pub fn module(&self, name: &str, n: usize, k: usize) -> Result<Matrix> {
+        Ok(match self.weights.packed(name, n, k)? {
+            Some(Packed { words, scales, offsets, .. }) => {
+                let up = |tensor| self.ops.upload(tensor);
+                Matrix::Packed(Arc::new(Packed::new(n, k, up(words)?, up(scales)?, offsets.map(up).transpose()?)?))
+            }
+            None => Matrix::Dense(self.matrix(&format!("{name}.weight"), &[n, k])?),
+        })
     }
 
     /// y = x·Wᵀ + b: as [`Loader::linear`], with the biases `prefix.{name}.bias`.

@@ -1,8 +1,11 @@
 //! What every device refuses: operands whose shapes do not fit together. Dtypes are a device's own matter.
 
+use std::ops::Range;
+
 use super::{Draw, Heads, KvLayer, KvSource, RopeTable, RowCopy, Span, Weight};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::image::{CHANNELS, Preprocess, RgbImage};
 use crate::tensor::Tensor;
 
 /// Refuses a tensor whose dtype the op has no code for.
@@ -46,17 +49,27 @@ pub fn embed(y: &Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
     }
 }
 
-/// Operands of [`Ops::patchify`](super::Ops::patchify); `[images, height, width]` of the pixels.
-pub fn patchify(y: &Tensor, pixels: &Tensor, patch_size: usize) -> Result<[usize; 3]> {
-    let &[images, 3, height, width] = pixels.shape() else {
+/// Operands of [`Ops::preprocess`](super::Ops::preprocess).
+pub fn preprocess(pixels: &Tensor, images: &[RgbImage], config: &Preprocess) -> Result<()> {
+    config.check()?;
+    pixels.expect("preprocess", "pixels", &[images.len(), CHANNELS, config.crop_size, config.crop_size])?;
+    dtype("preprocess", "pixels", pixels, DType::F32)
+}
+
+/// Operands of [`Ops::patchify`](super::Ops::patchify); `[height, width]` of the pixels.
+pub fn patchify(y: &Tensor, pixels: &Tensor, images: &Range<usize>, patch_size: usize) -> Result<[usize; 2]> {
+    let &[n, CHANNELS, height, width] = pixels.shape() else {
         return Err(Error::shape("patchify", "pixels", "[images, 3, h, w]", pixels.shape()));
     };
+    if images.start > images.end || images.end > n {
+        return Err(Error::shape("patchify", "images", format!("within {n}"), images));
+    }
     if patch_size == 0 || height % patch_size != 0 || width % patch_size != 0 {
         return Err(Error::shape("patchify", "pixels", format!("a multiple of {patch_size}"), pixels.shape()));
     }
     let n_patches = (height / patch_size) * (width / patch_size);
-    y.expect("patchify", "y", &[images * n_patches, 3 * patch_size * patch_size])?;
-    Ok([images, height, width])
+    y.expect("patchify", "y", &[images.len() * n_patches, CHANNELS * patch_size * patch_size])?;
+    Ok([height, width])
 }
 
 /// Operands of [`Ops::clip_embed`](super::Ops::clip_embed).

@@ -1,5 +1,7 @@
 //! [`Packed`]: a matrix of 4- or 8-bit integers with scales, in the order in which kernels read it.
 
+use std::fmt;
+
 use half::f16;
 
 use crate::dtype::DType;
@@ -51,6 +53,12 @@ pub struct Format {
     pub group: usize,
     /// Whether offsets are stored.
     pub has_offsets: bool,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "int{} in groups of {}{}", self.bits, self.group, if self.has_offsets { " with offsets" } else { "" })
+    }
 }
 
 impl Format {

@@ -10,8 +10,10 @@ pub mod hub;
 pub mod names;
 pub mod pickle;
 pub mod random;
+pub mod recipe;
 pub mod safetensors;
 pub mod torch_zip;
+pub mod write;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -24,6 +26,7 @@ use memmap2::Mmap;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::ops::Packed;
 use crate::tensor::{Tensor, checked_len};
 use names::Part;
 
@@ -89,6 +92,13 @@ pub trait Source {
     /// [`Error::Tensor`] if it is missing (then the error names every spelling that was looked for), of another shape, or not of
     /// floating-point numbers that weights can have.
     fn tensor(&self, canonical: &str, shape: &[usize]) -> Result<Tensor>;
+
+    /// The matrix `[n, k]` of the module of this canonical name (`llama.lm_head`), if it is stored packed: as the tensors `module.words`,
+    /// `module.scales` and perhaps `module.offsets`, in place of `module.weight`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if they are no such matrix.
+    fn packed(&self, module: &str, n: usize, k: usize) -> Result<Option<Packed>>;
 }
 
 /// The tensors of a checkpoint by canonical name, wherever they lie.
@@ -137,6 +147,11 @@ impl Store {
             self.tensors.push(Stored { canonical, file: file.clone(), located });
         }
         Ok(())
+    }
+
+    /// The checkpoint's folder.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Whether there is a tensor of this canonical name.
@@ -194,6 +209,31 @@ impl Source for Store {
             ));
         };
         located.load(dtype).map_err(|problem| Error::tensor(&located.name, file, problem))
+    }
+
+    fn packed(&self, module: &str, n: usize, k: usize) -> Result<Option<Packed>> {
+        let words_name = format!("{module}.words");
+        let Some(words) = self.find(&words_name) else { return Ok(None) };
+        let error = |problem: String| Error::tensor(&words.located.name, &words.file, problem);
+        if let Some(twin) = self.find(&format!("{module}.weight")) {
+            return Err(error(format!("is packed, but there is `{}` too: remove one of them", twin.located.name)));
+        }
+        let load = |kind: &str| {
+            let name = format!("{module}.{kind}");
+            let Some(Stored { file, located, .. }) = self.find(&name) else { return Ok(None) };
+            let StoredDType::Known(dtype) = located.dtype else {
+                return Err(Error::tensor(
+                    &located.name,
+                    file,
+                    format!("is stored as {}, not as a packed matrix is", located.dtype),
+                ));
+            };
+            located.load(dtype).map(Some).map_err(|problem| Error::tensor(&located.name, file, problem))
+        };
+        let (Some(words), Some(scales)) = (load("words")?, load("scales")?) else {
+            return Err(error("is packed, but its scales are missing".to_owned()));
+        };
+        Packed::new(n, k, words, scales, load("offsets")?).map(Some).map_err(|e| error(e.to_string()))
     }
 }
 

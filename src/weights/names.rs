@@ -60,6 +60,9 @@ const CLIP_SINGLES: [(&str, &str); 5] = [
     ("pre_layrnorm.bias", "clip.pre_layernorm.bias"),
 ];
 
+/// What a packed matrix has in place of its weight (`src/ops/packed.rs`).
+const PACKED_KINDS: [&str; 3] = ["words", "scales", "offsets"];
+
 /// Modules of a CLIP layer; each has a weight and a bias.
 const CLIP_MODULES: [&str; 8] = [
     "layer_norm1",
@@ -140,7 +143,7 @@ fn llama(suffix: &str) -> Option<String> {
 }
 
 fn head(suffix: &str) -> Option<String> {
-    matches!(suffix, "lm_head.weight" | "lm_head.bias").then(|| format!("llama.{suffix}"))
+    suffix.strip_prefix("lm_head.").is_some_and(is_kind).then(|| format!("llama.{suffix}"))
 }
 
 fn hf_projector(suffix: &str) -> Option<String> {
@@ -174,7 +177,7 @@ fn in_layer(suffix: &str, layers: &str, modules: &[&str]) -> bool {
 }
 
 fn is_kind(kind: &str) -> bool {
-    matches!(kind, "weight" | "bias")
+    matches!(kind, "weight" | "bias") || PACKED_KINDS.contains(&kind)
 }
 
 /// A layer number as checkpoints write it; `007` or `+7` would be a second name for a layer that has one.
@@ -191,7 +194,7 @@ mod tests {
     fn all() -> Vec<String> {
         let mut names: Vec<String> = CLIP_SINGLES.iter().map(|(_, c)| (*c).to_owned()).collect();
         for i in 0..2 {
-            for kind in ["weight", "bias"] {
+            for kind in ["weight", "bias", "words", "scales", "offsets"] {
                 names.extend(CLIP_MODULES.iter().map(|m| format!("clip.layers.{i}.{m}.{kind}")));
                 names.push(format!("projector.linear_{}.{kind}", i + 1));
             }

@@ -5,8 +5,10 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use half::{bf16, f16};
 
 use super::Source;
+use super::recipe::Recipe;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::ops::Packed;
 use crate::tensor::Tensor;
 
 /// Distinct numbers that all tensors are cut from; far more than a cache holds.
@@ -15,14 +17,22 @@ const BLOCK: usize = 1 << 22;
 const STD: f32 = 0.02;
 
 /// Any tensor of any shape: ones for the weights of norms, small random numbers for all else; the same for the same name.
+///
+/// Matrices may be packed: made up in that form, so that a large model needs no more memory than it has when it runs.
 pub struct Random {
     dtype: DType,
+    recipe: Recipe,
     block: Tensor,
 }
 
 impl Random {
     /// Weights stored in `dtype`.
     pub fn new(dtype: DType) -> Self {
+        Self::packed(dtype, Recipe::DENSE)
+    }
+
+    /// As [`Self::new`], but packed as `recipe` says.
+    pub fn packed(dtype: DType, recipe: Recipe) -> Self {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         // The sum of four uniform numbers is near enough to normal; its variance is 4/12.
         let mut uniform = || {
@@ -32,7 +42,7 @@ impl Random {
             (state >> 40) as f32 / (1 << 24) as f32 - 0.5
         };
         let values: Vec<f32> = (0..BLOCK).map(|_| (uniform() + uniform() + uniform() + uniform()) * STD * 3f32.sqrt()).collect();
-        Self { dtype, block: Tensor::from_slice(&[BLOCK], &values).converted(dtype) }
+        Self { dtype, recipe, block: Tensor::from_slice(&[BLOCK], &values).converted(dtype) }
     }
 }
 
@@ -47,8 +57,28 @@ impl Source for Random {
             }
             return Ok(tensor);
         }
+        self.fill(canonical, &mut tensor);
+        Ok(tensor)
+    }
+
+    fn packed(&self, module: &str, n: usize, k: usize) -> Result<Option<Packed>> {
+        let Some(format) = self.recipe.format(module, k) else { return Ok(None) };
+        let mut words = Tensor::zeros(&format.words_shape(n, k), DType::I32);
+        self.fill(module, &mut words);
+        let shape = format.scales_shape(n, k);
+        let constant = |value: f32| Tensor::from_slice(&shape, &vec![f16::from_f32(value); shape.iter().product()]);
+        // Bits are as good as uniform: integers have a standard deviation of 2^bits / √12.
+        let scale = STD * 12f32.sqrt() / (1 << format.bits) as f32;
+        let offsets = format.has_offsets.then(|| constant(-(format.zero() as f32) * scale));
+        Packed::new(n, k, words, constant(scale), offsets).map(Some)
+    }
+}
+
+impl Random {
+    /// Bits from the block, from a place that the name tells.
+    fn fill(&self, name: &str, tensor: &mut Tensor) {
         let mut hasher = DefaultHasher::new();
-        canonical.hash(&mut hasher);
+        name.hash(&mut hasher);
         let start = hasher.finish() as usize % BLOCK * self.dtype.size();
         let block = self.block.as_bytes();
         let mut rest = tensor.as_mut_bytes();
@@ -59,7 +89,6 @@ impl Source for Random {
             now.copy_from_slice(&from[..n]);
             (rest, from) = (later, block);
         }
-        Ok(tensor)
     }
 }
 

@@ -10,48 +10,25 @@ use llava_engine::infer::kv::PageTable;
 use llava_engine::infer::runner::{Runner, Step};
 use llava_engine::model::Slot;
 use llava_engine::ops::Peaks;
-use llava_engine::profile::Records;
+use llava_engine::profile::{OpRecord, Records};
 use llava_engine::tensor::Tensor;
 
 use super::{Args, Subject};
 
-/// What ops have done: `bytes` moved at least, `stored_bytes` of them weights and cache, `flops`.
-#[derive(Clone, Copy, Default)]
-pub struct Work {
-    pub bytes: f64,
-    pub stored_bytes: f64,
-    pub flops: f64,
+/// The least time that `work` takes on a machine of such peaks: weights and cache read once, or all arithmetic, whichever is longer.
+fn limit_ms(work: &OpRecord, peaks: &Peaks, stored: DType) -> Option<f64> {
+    Some(f64::max(work.stored_bytes / peaks.read_gbps / 1e6, work.arithmetic_ms(peaks, stored)?))
 }
 
-impl Work {
-    /// Of all ops so far.
-    fn so_far(records: &Records) -> Self {
-        records.snapshot().iter().fold(Self::default(), |sum, (_, op)| Self {
-            bytes: sum.bytes + op.bytes,
-            stored_bytes: sum.stored_bytes + op.stored_bytes,
-            flops: sum.flops + op.flops,
-        })
-    }
-
-    fn since(self, before: Self) -> Self {
-        Self {
-            bytes: self.bytes - before.bytes,
-            stored_bytes: self.stored_bytes - before.stored_bytes,
-            flops: self.flops - before.flops,
-        }
-    }
-
-    /// The least time that this takes on a machine of such peaks: weights and cache read once, or all arithmetic, whichever is longer.
-    fn limit_ms(self, peaks: &Peaks, stored: DType) -> Option<f64> {
-        let gflops = peaks.limit_gflops(stored)?;
-        Some(f64::max(self.stored_bytes / peaks.read_gbps, self.flops / gflops) / 1e6)
-    }
+/// What all ops have done so far.
+fn so_far(records: &Records) -> OpRecord {
+    OpRecord::sum(records.snapshot().into_iter().map(|(_, record)| record))
 }
 
 /// One run of a phase.
 pub struct Run {
     pub ms: f64,
-    pub work: Work,
+    pub work: OpRecord,
     /// The mean of those right before and right after it.
     pub peaks: Peaks,
 }
@@ -76,12 +53,12 @@ impl Phase {
 
     /// The median of the times that its runs would have taken at the peaks probed beside them.
     pub fn limit_ms(&self, stored: DType) -> Option<f64> {
-        median(self.runs.iter().filter_map(|run| run.work.limit_ms(&run.peaks, stored)))
+        median(self.runs.iter().filter_map(|run| limit_ms(&run.work, &run.peaks, stored)))
     }
 
     /// The median share of that limit, in percent: each run against its own.
     pub fn percent_of_limit(&self, stored: DType) -> Option<f64> {
-        median(self.runs.iter().filter_map(|run| Some(run.work.limit_ms(&run.peaks, stored)? / run.ms * 100.0)))
+        median(self.runs.iter().filter_map(|run| Some(limit_ms(&run.work, &run.peaks, stored)? / run.ms * 100.0)))
     }
 }
 
@@ -107,11 +84,11 @@ struct Stopwatch<'a> {
 impl Stopwatch<'_> {
     /// Runs `work`, which must wait for its own results, as a run of `phase`.
     fn time(&mut self, phase: &mut Phase, work: impl FnOnce(&mut Runner) -> Result<()>) -> Result<()> {
-        let before = Work::so_far(&self.subject.records);
+        let before = so_far(&self.subject.records);
         let start = Instant::now();
         work(&mut self.subject.runner)?;
         let ms = start.elapsed().as_secs_f64() * 1e3;
-        let work = Work::so_far(&self.subject.records).since(before);
+        let work = so_far(&self.subject.records).since(before);
         let after = self.subject.runner.ops().measure_peaks()?;
         let peaks = std::mem::replace(&mut self.peaks, after).zip_with(&self.peaks, |a, b| (a + b) / 2.0);
         phase.runs.push(Run { ms, work, peaks });
@@ -132,7 +109,7 @@ pub fn measure(args: &Args, subject: &mut Subject) -> Result<Vec<Phase>> {
     let (image_tokens, size, vocab_size) = (config.tokens_per_image(), config.vision.image_size, config.text.vocab_size);
     let (prompt, new) = (args.prompt_tokens, args.new_tokens);
     let pixels: Vec<f32> = (0..3 * size * size).map(|i| (i * 7919 % 4093) as f32 / 2046.5 - 1.0).collect();
-    let pixels = Tensor::from_slice(&[1, 3, size, size], &pixels);
+    let pixels = subject.runner.ops().upload(Tensor::from_slice(&[1, 3, size, size], &pixels))?;
     let id = |i: usize| (i * 31 % vocab_size) as u32;
     let slots: Vec<Slot> = (0..prompt)
         .map(|i| match i.checked_sub(prompt.saturating_sub(image_tokens) / 2) {
@@ -182,14 +159,19 @@ pub fn measure(args: &Args, subject: &mut Subject) -> Result<Vec<Phase>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use llava_engine::ops::ArithmeticPeak;
+    use llava_engine::ops::{ArithmeticPeak, Operands};
 
     #[test]
     fn the_limit_is_the_slower_of_memory_and_arithmetic() {
-        let f32_peak = ArithmeticPeak { dtype: DType::F32, how: "test".into(), gflops: 100.0 };
-        let peaks = Peaks { read_gbps: 10.0, arithmetic: vec![f32_peak] };
-        let limit = |stored_bytes, flops| Work { bytes: 9e9, stored_bytes, flops }.limit_ms(&peaks, DType::F16);
-        assert_eq!(limit(5e6, 1e6), Some(0.5));
-        assert_eq!(limit(5e6, 1e9), Some(10.0));
+        let peak = |operands, gflops| ArithmeticPeak { operands, how: "test".into(), gflops };
+        let arithmetic = vec![peak(Operands::Float(DType::F32), 100.0), peak(Operands::Int8, 400.0)];
+        let peaks = Peaks { read_gbps: 10.0, arithmetic };
+        let limit = |stored_bytes, flops, packed_flops| -> Option<f64> {
+            let work = OpRecord { bytes: 9e9, stored_bytes, flops, packed_flops, ..OpRecord::default() };
+            limit_ms(&work, &peaks, DType::F16)
+        };
+        assert_eq!(limit(5e6, 1e6, 0.0), Some(0.5));
+        assert_eq!(limit(5e6, 1e9, 0.0), Some(10.0));
+        assert_eq!(limit(5e6, 1e9, 8e8), Some(4.0));
     }
 }

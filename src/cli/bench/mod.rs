@@ -16,6 +16,7 @@ use llava_engine::model::Llava;
 use llava_engine::model::config::LlavaConfig;
 use llava_engine::profile::Records;
 use llava_engine::weights::random::Random;
+use llava_engine::weights::recipe::Recipe;
 
 use super::Outcome;
 
@@ -33,7 +34,7 @@ pub struct Args {
     /// Shape whose weights are made up: llava-1.5-7b or llava-1.5-13b
     #[arg(long, conflicts_with = "model", value_name = "NAME")]
     shape: Option<String>,
-    /// What made-up weights are stored in: bf16, f16 or f32
+    /// What made-up weights are stored in: bf16, f16, f32, int8 or int4 (as `quantize` would make them)
     #[arg(long, default_value = "bf16", value_name = "DTYPE")]
     weights: String,
     /// Decoder layers of the shape, where all of them do not fit; the others' share of a step is then missing
@@ -68,7 +69,7 @@ struct Subject {
     runner: Runner,
     /// What the ops of `runner` cost.
     records: Arc<Records>,
-    /// What its matrices are stored in.
+    /// What its dense matrices are stored in.
     stored: DType,
     load_ms: f64,
 }
@@ -76,7 +77,7 @@ struct Subject {
 /// Benchmarks.
 pub fn run(args: &Args) -> Result<Outcome> {
     let device = args.device.parse::<Device>()?;
-    let dtype = args.weights.parse::<DType>()?;
+    let weights = Weights::parse(&args.weights)?;
     if args.new_tokens < 2 || args.repeat == 0 || args.prompt_tokens == 0 {
         return Err(Error::usage("--prompt-tokens and --repeat must be at least 1, --new-tokens at least 2"));
     }
@@ -94,7 +95,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     };
     let mut subject = match &args.model {
         Some(model) => open(model, &options)?,
-        None => make_up(args, dtype, &options)?,
+        None => make_up(args, weights, &options)?,
     };
     let phases = measure::measure(args, &mut subject)?;
     report::report(args, device, &subject, &phases)?;
@@ -108,7 +109,28 @@ fn open(model: &Path, options: &EngineOptions) -> Result<Subject> {
     Ok(Subject { name: model.display().to_string(), runner: engine.into_runner(), records, stored, load_ms })
 }
 
-fn make_up(args: &Args, dtype: DType, options: &EngineOptions) -> Result<Subject> {
+/// How made-up weights are stored.
+struct Weights {
+    /// Of what is not packed.
+    dtype: DType,
+    recipe: Recipe,
+}
+
+impl Weights {
+    fn parse(name: &str) -> Result<Self> {
+        let packed = |bits| Ok(Self { dtype: DType::Bf16, recipe: Recipe::of_bits(bits, 128)? });
+        match name {
+            "int4" => packed(4),
+            "int8" => packed(8),
+            _ => match name.parse() {
+                Ok(dtype) => Ok(Self { dtype, recipe: Recipe::DENSE }),
+                Err(_) => Err(Error::usage(format!("--weights `{name}`: use bf16, f16, f32, int8 or int4"))),
+            },
+        }
+    }
+}
+
+fn make_up(args: &Args, Weights { dtype, recipe }: Weights, options: &EngineOptions) -> Result<Subject> {
     let start = Instant::now();
     let name = args.shape.as_deref().unwrap_or("llava-1.5-7b");
     let mut config = LlavaConfig::by_name(name)
@@ -119,8 +141,9 @@ fn make_up(args: &Args, dtype: DType, options: &EngineOptions) -> Result<Subject
     if let Some(note) = note {
         eprintln!("llava-engine: {note}");
     }
-    let model = Llava::load(&*ops, &config, &Random::new(dtype), ops.weight_dtype())?;
+    let model = Llava::load(&*ops, &config, &Random::packed(dtype, recipe), ops.weight_dtype())?;
     let records = records.ok_or_else(|| Error::usage("the device keeps no records"))?;
     let runner = Runner::new(ops, model, dtype, options.n_contexts)?;
-    Ok(Subject { name: name.to_owned(), runner, records, stored: dtype, load_ms: start.elapsed().as_secs_f64() * 1e3 })
+    let load_ms = start.elapsed().as_secs_f64() * 1e3;
+    Ok(Subject { name: name.to_owned(), runner, records, stored: dtype, load_ms })
 }

@@ -18,7 +18,7 @@ pub fn report(args: &Args, device: Device, subject: &Subject, phases: &[Phase]) 
 }
 
 fn document(args: &Args, device: Device, subject: &Subject, phases: &[Phase]) -> Value {
-    let Subject { name, runner, stored, load_ms, .. } = subject;
+    let Subject { name, runner, load_ms, .. } = subject;
     let text = &runner.model().config().text;
     let (peaks, first_token) = (best_peaks(phases), first_token_ms(phases));
     json!({
@@ -30,7 +30,7 @@ fn document(args: &Args, device: Device, subject: &Subject, phases: &[Phase]) ->
             "peaks": peaks.as_ref().map(common::peaks_json),
         },
         "model": {
-            "name": name, "weights": stored.to_string(), "hidden_size": text.hidden_size, "n_layers": text.n_layers,
+            "name": name, "weights": runner.model().llama().weights(), "hidden_size": text.hidden_size, "n_layers": text.n_layers,
             "load_ms": load_ms,
         },
         "rows": phases.iter().map(|phase| row(subject, phase)).collect::<Vec<_>>(),
@@ -49,15 +49,15 @@ fn row(subject: &Subject, phase: &Phase) -> Value {
         "ms_median": median, "ms_min": ms[0], "ms_max": ms[ms.len() - 1],
         "tokens_per_second": phase.tokens as f64 / median * 1e3,
         "gbps": work.bytes / median / 1e6, "tflops": work.flops / median / 1e9,
-        "stored_bytes": work.stored_bytes, "flops": work.flops,
+        "stored_bytes": work.stored_bytes, "flops": work.flops, "packed_flops": work.packed_flops,
         "limit_ms": phase.limit_ms(subject.stored), "percent_of_limit": phase.percent_of_limit(subject.stored),
     })
 }
 
 fn table(device: Device, subject: &Subject, phases: &[Phase]) -> String {
     let Subject { name, runner, stored, .. } = subject;
-    let n_layers = runner.model().config().text.n_layers;
-    let mut out = format!("{name}, {stored}, {n_layers} layers, on {}\n", runner.ops().name());
+    let (n_layers, weights) = (runner.model().config().text.n_layers, runner.model().llama().weights());
+    let mut out = format!("{name}, {weights}, {n_layers} layers, on {}\n", runner.ops().name());
     if device == Device::Sim {
         out += "simulated: times and shares say nothing about a GPU\n";
     }

@@ -1,10 +1,16 @@
 //! [`Driver`]: memory and launches, and nothing else. Everything above it is one code for a real GPU and for the simulator.
 
 mod cublaslt;
+mod demands;
+#[cfg(llava_sim)]
+mod faults;
 mod nvidia;
 #[cfg(llava_sim)]
 mod simulator;
 
+pub use demands::Version;
+#[cfg(llava_sim)]
+pub use faults::{Faults, NthLaunch};
 pub use nvidia::Nvidia;
 #[cfg(llava_sim)]
 pub use simulator::Simulator;

@@ -12,6 +12,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use super::cublaslt::{self, Library};
+use super::demands::{self, Version};
 use super::{Arg, DevicePtr, Driver, Function, GraphId, Launch, Matmul, PackedArgs, ProbeSize};
 use crate::error::{Error, Result};
 
@@ -55,9 +56,26 @@ unsafe impl Sync for Nvidia {}
 /// An error of the driver, in its own words.
 fn failed(op: &str) -> impl Fn(DriverError) -> Error + '_ {
     move |error| {
-        let text = error.error_string().map(|s| s.to_string_lossy().into_owned());
-        Error::device(op, text.unwrap_or_else(|_| format!("{error:?}")))
+        let text = error.error_string().map_or_else(|_| format!("{error:?}"), |s| s.to_string_lossy().into_owned());
+        if is_crash(error) { demands::crashed(op, text) } else { Error::device(op, text) }
     }
+}
+
+/// Whether an error is that of a kernel that ran: all calls that follow report it again.
+fn is_crash(error: DriverError) -> bool {
+    use sys::cudaError_enum as E;
+    matches!(
+        error.0,
+        E::CUDA_ERROR_ILLEGAL_ADDRESS
+            | E::CUDA_ERROR_LAUNCH_TIMEOUT
+            | E::CUDA_ERROR_ASSERT
+            | E::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | E::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | E::CUDA_ERROR_MISALIGNED_ADDRESS
+            | E::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | E::CUDA_ERROR_INVALID_PC
+            | E::CUDA_ERROR_LAUNCH_FAILED
+    )
 }
 
 impl Nvidia {
@@ -78,12 +96,18 @@ impl Nvidia {
         if !Self::has_driver() {
             return Err(Error::Unsupported("this machine has no NVIDIA driver: libcuda was not found".into()));
         }
-        // The bindings panic where a driver is too old to have a function.
+        // The bindings panic where a driver lacks a function. One that is merely too old is refused before.
         let opened = catch_unwind(|| Self::open_checked(ordinal));
-        opened.unwrap_or_else(|_| Err(Error::Unsupported("the NVIDIA driver is too old: CUDA 13.0 needs 580 or later".into())))
+        opened.unwrap_or_else(|_| {
+            Err(Error::Unsupported("the NVIDIA driver lacks functions that are needed: install it anew".into()))
+        })
     }
 
     fn open_checked(ordinal: usize) -> Result<Self> {
+        let mut version = 0;
+        // SAFETY: it writes the number; it may be called before `cuInit`.
+        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(failed("cuDriverGetVersion"))?;
+        demands::check_driver(Version::of_driver(version))?;
         result::init().map_err(failed("cuInit"))?;
         let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))? as usize;
         if ordinal >= count {
@@ -94,10 +118,11 @@ impl Nvidia {
         // SAFETY: the device exists.
         let attribute = |a| unsafe { result::device::get_attribute(device, a) }.map_err(failed("cuDeviceGetAttribute"));
         let name = result::device::get_name(device).map_err(failed("cuDeviceGetName"))?;
-        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        if major < 8 {
-            return Err(Error::Unsupported(format!("{name} has compute capability {major}.x: the kernels need 8.0 or later")));
-        }
+        let capability = Version {
+            major: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            minor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        };
+        demands::check_capability(&name, capability)?;
         let n_multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         // SAFETY: the device exists; the context is released in `drop`.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
@@ -106,7 +131,7 @@ impl Nvidia {
         let mut gpu = Self {
             name,
             n_multiprocessors,
-            launches_overlap: major >= 9,
+            launches_overlap: capability.major >= 9,
             device,
             context,
             stream: null,
@@ -212,9 +237,9 @@ impl Driver for Nvidia {
         self.enter()?;
         // SAFETY: the memory is given back by `free` alone. (The driver refuses to allocate nothing.)
         let ptr = unsafe { result::malloc_sync(bytes.max(1)) };
-        ptr.map(DevicePtr).map_err(|e| {
-            let free = result::mem_get_info().map_or(String::new(), |(free, _)| format!(", {} MiB are free", free >> 20));
-            Error::device("alloc", format!("{} MiB: {:?}{free}", bytes >> 20, e.0))
+        ptr.map(DevicePtr).map_err(|e| match result::mem_get_info() {
+            Ok((free, total)) if e.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => Error::memory(bytes, free, total),
+            _ => failed("alloc")(e),
         })
     }
 
@@ -258,11 +283,15 @@ impl Driver for Nvidia {
         unsafe {
             result::stream::begin_capture(self.stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(failed("begin capture"))?;
             let noted = launches.iter().try_for_each(|launch| self.launch(launch));
-            let graph = result::stream::end_capture(self.stream).map_err(failed("end capture"))?;
+            let graph = result::stream::end_capture(self.stream);
+            // A launch that was refused spoils the capture: its own error comes first.
             let made = noted.and_then(|()| {
+                let graph = graph.map_err(failed("end capture"))?;
                 result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).map_err(failed("instantiate graph"))
             });
-            let _ = result::graph::destroy(graph); // the executable copy is what is launched
+            if let Ok(graph) = graph {
+                let _ = result::graph::destroy(graph); // the executable copy is what is launched
+            }
             let mut table = self.table();
             table.graphs.push(Some(made?));
             Ok(GraphId(table.graphs.len() - 1))

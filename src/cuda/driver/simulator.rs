@@ -11,6 +11,7 @@ use std::time::Instant;
 use corosensei::stack::{DefaultStack, Stack};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
+use super::faults::{self, Faults};
 use super::{Arg, DevicePtr, Driver, Function, GraphId, Grid, Launch, Matmul, PackedArgs, ProbeSize};
 use crate::cpu::pool::Pool;
 use crate::dtype::DType;
@@ -122,11 +123,21 @@ pub struct Simulator {
     graphs: Mutex<Vec<Option<Arc<[Launch]>>>>,
     /// Products that were asked for, numbered after the kernels; none if there is no library.
     matmuls: Option<Mutex<Vec<Matmul>>>,
+    faults: faults::State,
 }
 
 impl Simulator {
     /// A simulator that runs blocks on `n_threads` threads (0: as many as the machine runs at once).
     pub fn new(n_threads: usize) -> Self {
+        Self::with_faults(n_threads, Faults::default()).expect("nothing is wrong with it")
+    }
+
+    /// As [`Simulator::new`], of a GPU with faults.
+    ///
+    /// # Errors
+    /// If it, or its driver, is too old for the kernels.
+    pub fn with_faults(n_threads: usize, faults: Faults) -> Result<Self> {
+        let faults = faults::State::open("the simulated GPU", faults)?;
         let n_threads = if n_threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { n_threads };
         // SAFETY: kernels are registered before main begins, and what the registry holds are literals.
         let kernels = unsafe {
@@ -138,7 +149,7 @@ impl Simulator {
             };
             (0..llava_sim_n_kernels()).map(info).collect()
         };
-        Self { pool: Pool::new(n_threads), kernels, graphs: Mutex::default(), matmuls: None }
+        Ok(Self { pool: Pool::new(n_threads), kernels, graphs: Mutex::default(), matmuls: None, faults })
     }
 
     /// As [`Simulator::new`], with a library for products, whose sums are exact where f64 is: for tests of what leads to it.
@@ -189,32 +200,38 @@ impl Driver for Simulator {
     }
 
     fn alloc(&self, bytes: usize) -> Result<DevicePtr> {
-        // SAFETY: no precondition.
-        let pointer = unsafe { llava_sim_alloc(bytes) };
-        if pointer.is_null() {
-            return Err(Error::device("alloc", format!("no memory for {bytes} bytes")));
-        }
-        Ok(DevicePtr(pointer as u64))
+        self.faults.alloc(bytes, || {
+            // SAFETY: no precondition.
+            let pointer = unsafe { llava_sim_alloc(bytes) };
+            if pointer.is_null() {
+                return Err(Error::device("alloc", format!("the host has no memory for {bytes} bytes")));
+            }
+            Ok(DevicePtr(pointer as u64))
+        })
     }
 
     unsafe fn free(&self, ptr: DevicePtr) {
+        self.faults.freed(ptr);
         // SAFETY: the caller's; launches are done when they return.
         unsafe { llava_sim_free(ptr.0 as *mut c_void) }
     }
 
     unsafe fn upload(&self, dst: DevicePtr, src: &[u8]) -> Result<()> {
+        self.faults.check_lost("upload")?;
         // SAFETY: the caller's; device memory is the host's.
         unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst.0 as *mut u8, src.len()) };
         Ok(())
     }
 
     unsafe fn download(&self, dst: &mut [u8], src: DevicePtr) -> Result<()> {
+        self.faults.check_lost("download")?;
         // SAFETY: the caller's.
         unsafe { std::ptr::copy_nonoverlapping(src.0 as *const u8, dst.as_mut_ptr(), dst.len()) };
         Ok(())
     }
 
     unsafe fn clear(&self, dst: DevicePtr, bytes: usize) -> Result<()> {
+        self.faults.check_lost("clear")?;
         // SAFETY: the caller's.
         unsafe { std::ptr::write_bytes(dst.0 as *mut u8, 0, bytes) };
         Ok(())
@@ -247,6 +264,9 @@ impl Driver for Simulator {
         let signature: String = args.iter().map(|a| a.kind()).collect();
         if signature != kernel.signature {
             return Err(self.refuse(function, format!("is launched with arguments ({signature}), it has ({})", kernel.signature)));
+        }
+        if !self.faults.launch(&kernel.name.to_string_lossy())? {
+            return Ok(());
         }
         // SAFETY: no precondition.
         let max_shared = unsafe { llava_sim_max_shared() };

@@ -1,0 +1,299 @@
+//! Rounding to the nearest: from a dense matrix to a [`Packed`] one, group by group.
+//!
+//! ```text
+//! w ≈ s·(q − 2^(b−1)),  0 ≤ q < 2^b         for each row and group of columns
+//! ```
+//!
+//! With 8 bits, s is the largest |w| over 127. With 4 bits the range is so coarse that it pays to look for the scale: each candidate rounds the
+//! group, and the one that can explain most of it wins, with the scale of least squares, s = Σ w·p / Σ p², p = q − 8.
+
+use half::f16;
+
+use crate::cpu::pool::{Disjoint, Pool};
+use crate::cpu::simd::{Isa, Kernel, Simd};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::ops::Packed;
+use crate::ops::packed::{BLOCK_ROWS, Format, GROUPS, SLAB, place};
+use crate::tensor::Tensor;
+
+/// What the weight of the largest magnitude in a group is rounded to, of 4 bits: −8 is the end of the range; with less of it the group's other
+/// weights are met more finely, with more the largest is cut off.
+const CANDIDATES: [f32; 9] = [-6.8, -7.1, -7.4, -7.7, -8.0, -8.3, -8.6, -8.9, -9.3];
+/// Sums under way at once, of as many columns side by side.
+const LANES: usize = 16;
+/// 1.5·2²³ leaves no bits for fractions: adding and taking it away again rounds to the nearest integer.
+const ROUND: f32 = 12_582_912.0;
+
+/// Squares of a matrix and of what rounding changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Loss {
+    /// Σ (w − ŵ)²
+    pub error: f64,
+    /// Σ w²
+    pub total: f64,
+}
+
+impl Loss {
+    /// The root of error over total.
+    pub fn relative(&self) -> f64 {
+        if self.total > 0.0 { (self.error / self.total).sqrt() } else { 0.0 }
+    }
+
+    /// Of both.
+    pub fn plus(self, other: Self) -> Self {
+        Self { error: self.error + other.error, total: self.total + other.total }
+    }
+}
+
+/// Packs a matrix `[n, k]` of a format without offsets.
+///
+/// # Errors
+/// The row and column of the first weight that is no finite number, or too large for the scales' f16.
+///
+/// # Panics
+/// If k is not a multiple of the group, or the format has offsets.
+pub fn pack(pool: &Pool, isa: Isa, matrix: &Tensor, format: Format) -> Result<(Packed, Loss), String> {
+    let (n, k) = (matrix.rows(), matrix.row_len());
+    let Format { bits, group, has_offsets } = format;
+    assert!(k.is_multiple_of(group) && !has_offsets, "{format:?} of {n} x {k}");
+    let (words_shape, scales_shape) = (format.words_shape(n, k), format.scales_shape(n, k));
+    let mut words = Tensor::zeros(&words_shape, DType::I32);
+    let mut scales = Tensor::zeros(&scales_shape, DType::F16);
+    let n_blocks = n.div_ceil(BLOCK_ROWS);
+    let mut results = vec![Ok(Loss::default()); n_blocks];
+    {
+        let (block_bytes, block_scales) = (BLOCK_ROWS * k * bits / 8, BLOCK_ROWS * k / group);
+        let (words, scales) = (Disjoint::new(words.as_mut_bytes()), Disjoint::new(scales.as_mut_slice::<f16>()));
+        let results = Disjoint::new(&mut results);
+        pool.run(n_blocks, &|block| {
+            // SAFETY: each block has its own words, scales and result.
+            let (bytes, scales, result) = unsafe {
+                (
+                    words.slice(block * block_bytes, block_bytes),
+                    scales.slice(block * block_scales, block_scales),
+                    &mut results.slice(block, 1)[0],
+                )
+            };
+            *result = isa.run(PackBlock { matrix, first_row: block * BLOCK_ROWS, format, bytes, scales });
+        });
+    }
+    let mut loss = Loss::default();
+    for result in results {
+        loss = loss.plus(result.map_err(|(row, col, w)| format!("row {row}, column {col} is {w}: it cannot be packed"))?);
+    }
+    let packed = Packed::new(n, k, words, scales, None).expect("made in the shapes of its format");
+    Ok((packed, loss))
+}
+
+/// Up to 16 rows of a matrix.
+struct PackBlock<'a> {
+    matrix: &'a Tensor,
+    first_row: usize,
+    format: Format,
+    /// All integers of the block.
+    bytes: &'a mut [u8],
+    /// `[k / group][BLOCK_ROWS]`
+    scales: &'a mut [f16],
+}
+
+impl Kernel for PackBlock<'_> {
+    /// The first weight that cannot be packed, with its row and column.
+    type Output = Result<Loss, (usize, usize, f32)>;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> Self::Output {
+        let Self { matrix, first_row, format, bytes, scales } = self;
+        let k = matrix.row_len();
+        let mut values = [0.0; LARGEST_GROUP];
+        let mut p = [0i8; LARGEST_GROUP];
+        let mut loss = Loss::default();
+        for row in 0..BLOCK_ROWS.min(matrix.rows() - first_row) {
+            for (g, first_col) in (0..k).step_by(format.group).enumerate() {
+                let values = &mut values[..format.group];
+                read(matrix, (first_row + row) * k + first_col, values);
+                let p = &mut p[..format.group];
+                let scale = if format.bits == 4 { round4(values, p) } else { round8(values, p) };
+                if !scale.is_finite() {
+                    let worst = extreme(values).to_bits();
+                    let bad = values.iter().position(|w| w.to_bits() == worst).unwrap_or(0);
+                    return Err((first_row + row, first_col + bad, values[bad]));
+                }
+                scales[g * BLOCK_ROWS + row] = scale;
+                loss = loss.plus(loss_of(values, p, scale.to_f32()));
+                for (slab, p) in p.chunks_exact(SLAB).enumerate() {
+                    let q = |i: usize| (i32::from(p[i]) + format.zero()) as u8;
+                    let to = &mut bytes[place(format.bits, k, row, first_col + slab * SLAB).0..][..SLAB * format.bits / 8];
+                    for i in 0..to.len() {
+                        to[i] = if format.bits == 4 { q(i) | q(SLAB / 2 + i) << 4 } else { q(i) };
+                    }
+                }
+            }
+        }
+        Ok(loss)
+    }
+}
+
+const LARGEST_GROUP: usize = GROUPS[GROUPS.len() - 1];
+
+/// Elements of a matrix from `start` on, as f32.
+#[inline(always)]
+fn read(matrix: &Tensor, start: usize, to: &mut [f32]) {
+    let range = start..start + to.len();
+    match matrix.dtype() {
+        DType::F32 => to.copy_from_slice(&matrix.as_slice::<f32>()[range]),
+        DType::F16 => to.iter_mut().zip(&matrix.as_slice::<f16>()[range]).for_each(|(to, x)| *to = x.to_f32()),
+        DType::Bf16 => to
+            .iter_mut()
+            .zip(&matrix.as_slice::<half::bf16>()[range])
+            .for_each(|(to, x)| *to = f32::from_bits(u32::from(x.to_bits()) << 16)),
+        DType::I32 => panic!("weights are not integers"),
+    }
+}
+
+/// What rounding the group to scale·p has changed.
+#[inline(always)]
+fn loss_of(values: &[f32], p: &[i8], scale: f32) -> Loss {
+    let (mut error, mut total) = ([0.0f32; LANES], [0.0f32; LANES]);
+    for (values, p) in values.chunks_exact(LANES).zip(p.chunks_exact(LANES)) {
+        for i in 0..LANES {
+            let e = values[i] - scale * f32::from(p[i]);
+            error[i] += e * e;
+            total[i] += values[i] * values[i];
+        }
+    }
+    let sum = |lanes: [f32; LANES]| lanes.iter().map(|&x| f64::from(x)).sum();
+    Loss { error: sum(error), total: sum(total) }
+}
+
+/// The value of the largest magnitude; NaN or an infinity if there is one.
+#[inline(always)]
+fn extreme(values: &[f32]) -> f32 {
+    // As bits, which order magnitudes and put NaN on top; the sign goes last, where it tells nothing apart but the two.
+    let mut largest = [0u32; LANES];
+    for values in values.chunks_exact(LANES) {
+        for i in 0..LANES {
+            largest[i] = largest[i].max(values[i].to_bits().rotate_left(1));
+        }
+    }
+    f32::from_bits(largest.into_iter().max().unwrap_or(0).rotate_right(1))
+}
+
+/// p = q − 128 and the scale of a group.
+#[inline(always)]
+fn round8(values: &[f32], p: &mut [i8]) -> f16 {
+    let scale = f16::from_f32(extreme(values).abs() / 127.0);
+    let inverse = inverse(scale);
+    for (w, p) in values.iter().zip(p) {
+        // What the scale lost in its own rounding may ask for one more.
+        *p = ((w * inverse).clamp(-127.0, 127.0) + ROUND - ROUND) as i8;
+    }
+    scale
+}
+
+/// p = q − 8 and the scale of a group.
+#[inline(always)]
+fn round4(values: &[f32], p: &mut [i8]) -> f16 {
+    let extreme = extreme(values);
+    let (mut best, mut best_scale) = (0.0, extreme / CANDIDATES[4]);
+    for candidate in CANDIDATES {
+        let inverse = if extreme == 0.0 { 0.0 } else { candidate / extreme };
+        let (mut wp, mut pp) = ([0.0; LANES], [0.0; LANES]);
+        for values in values.chunks_exact(LANES) {
+            for i in 0..LANES {
+                let p = (values[i] * inverse).clamp(-8.0, 7.0) + ROUND - ROUND;
+                wp[i] += values[i] * p;
+                pp[i] += p * p;
+            }
+        }
+        let (wp, pp) = (wp.iter().sum::<f32>(), pp.iter().sum::<f32>());
+        // With s = wp/pp, Σ(w − s·p)² = Σw² − wp²/pp.
+        if wp * wp > best * pp {
+            (best, best_scale) = (wp * wp / pp, wp / pp);
+        }
+    }
+    let scale = f16::from_f32(best_scale);
+    let inverse = inverse(scale);
+    for (w, p) in values.iter().zip(p) {
+        *p = ((w * inverse).clamp(-8.0, 7.0) + ROUND - ROUND) as i8;
+    }
+    scale
+}
+
+fn inverse(scale: f16) -> f32 {
+    if scale == f16::ZERO || scale == f16::NEG_ZERO { 0.0 } else { 1.0 / scale.to_f32() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(n: usize, k: usize, f: impl Fn(usize, usize) -> f32) -> Tensor {
+        let values: Vec<f32> = (0..n * k).map(|i| f(i / k, i % k)).collect();
+        Tensor::from_slice(&[n, k], &values)
+    }
+
+    fn noise(row: usize, col: usize) -> f32 {
+        let x = (row * 7919 + col).wrapping_mul(2_654_435_761) >> 7;
+        // Sum of uniform numbers: thin tails, as weights have.
+        ((x & 255) + (x >> 8 & 255) + (x >> 16 & 255)) as f32 / 255.0 - 1.5
+    }
+
+    /// Every integer is the nearest to its weight at the scale that was chosen, and that is no worse than the plain one.
+    #[test]
+    fn weights_are_rounded_to_the_nearest() {
+        let pool = Pool::new(2);
+        for (bits, group) in [(4, 32), (4, 64), (4, 128), (8, 32), (8, 128)] {
+            let format = Format::new(bits, group, false).unwrap();
+            for n in [1, 15, 16, 33] {
+                let w = matrix(n, 256, noise);
+                let (packed, loss) = pack(&pool, Isa::detect(), &w, format).unwrap();
+                assert_eq!((packed.n, packed.k, packed.format()), (n, 256, format));
+                let (values, rounded) = (w.to_f32(), packed.to_f32());
+                let (mut error, mut plain) = (0.0, 0.0);
+                let top = f32::from((1u8 << (bits - 1)) - 1);
+                for (row, col) in (0..n).flat_map(|row| (0..256).map(move |col| (row, col))) {
+                    let (w, got) = (values[row * 256 + col], rounded[row * 256 + col]);
+                    let (scale, _) = packed.scale_offset(row, col);
+                    let p = (w / scale).round().clamp(if bits == 4 { -8.0 } else { -127.0 }, top);
+                    assert!((got - p * scale).abs() <= 1e-3 * scale.abs() || ((w / scale).fract().abs() - 0.5).abs() < 1e-3);
+                    error += f64::from(w - got).powi(2);
+                    let of_group = &values[row * 256 + col / group * group..][..group];
+                    let s = of_group.iter().fold(0f32, |a, w| a.max(w.abs())) / top;
+                    plain += f64::from(w - (w / s).round() * s).powi(2);
+                }
+                assert!((loss.error / error - 1.0).abs() < 1e-3, "{loss:?} {error}");
+                assert!(error <= plain * if bits == 4 { 0.95 } else { 1.01 }, "{bits} bits of {group}: {error} > {plain}");
+            }
+        }
+    }
+
+    #[test]
+    fn all_instruction_sets_and_dtypes_agree() {
+        let format = Format::new(4, 64, false).unwrap();
+        let w = matrix(18, 128, noise).converted(DType::Bf16);
+        let expected = pack(&Pool::new(1), Isa::Scalar, &w, format).unwrap();
+        for isa in Isa::tested() {
+            for dtype in [DType::Bf16, DType::F32, DType::F16] {
+                let (packed, loss) = pack(&Pool::new(2), isa, &w.converted(dtype), format).unwrap();
+                assert_eq!(packed.words.as_bytes(), expected.0.words.as_bytes(), "{isa:?} {dtype}");
+                assert_eq!((packed.scales.as_bytes(), loss), (expected.0.scales.as_bytes(), expected.1));
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_stay_zero_and_what_is_no_number_is_refused() {
+        let (pool, isa) = (Pool::new(1), Isa::detect());
+        for bits in [4, 8] {
+            let format = Format::new(bits, 32, false).unwrap();
+            let (packed, loss) = pack(&pool, isa, &matrix(3, 64, |_, _| 0.0), format).unwrap();
+            assert!(packed.to_f32().iter().all(|&w| w == 0.0) && loss == Loss::default());
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e8] {
+                let at = |row, col| if (row, col) == (17, 40) { bad } else { noise(row, col) };
+                let error = pack(&pool, isa, &matrix(20, 64, at), format).unwrap_err();
+                assert!(error.contains("row 17") && (bad == 1e8 || error.contains("column 40")), "{error}");
+            }
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! Writes a safetensors file tensor by tensor, in any order, so that a model larger than memory can be written as it is made.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::checked_len;
+
+/// Where the data of a file begins: at the start of a cache line, as its tensors do as far as their sizes are such.
+const ALIGN: usize = 64;
+
+/// A tensor that a file will hold.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// Its name in the file.
+    pub name: String,
+    /// Its dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Its number format.
+    pub dtype: DType,
+}
+
+/// A file that is being written beside its final name, which it takes when it is whole.
+pub struct Writer {
+    path: PathBuf,
+    temporary: PathBuf,
+    file: File,
+    /// Place in the file of what is not written yet: first byte and bytes.
+    missing: HashMap<String, (u64, usize)>,
+}
+
+impl Writer {
+    /// Begins the file `path` with these tensors, in this order.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be written; [`Error::File`] if two tensors have one name.
+    pub fn create(path: &Path, tensors: &[Planned]) -> Result<Self> {
+        let mut end = 0;
+        let mut infos = Vec::new();
+        let mut missing = HashMap::new();
+        for Planned { name, shape, dtype } in tensors {
+            let bytes =
+                checked_len(shape).and_then(|n| n.checked_mul(dtype.size())).expect("planned tensors are of models that exist");
+            infos
+                .push((name.clone(), TensorInfo { dtype: stored(*dtype), shape: shape.clone(), data_offsets: (end, end + bytes) }));
+            if missing.insert(name.clone(), (end as u64, bytes)).is_some() {
+                return Err(Error::file(path, format!("two tensors would be `{name}`")));
+            }
+            end += bytes;
+        }
+        let metadata = [("format".to_owned(), "pt".to_owned())].into();
+        let header = Metadata::new(Some(metadata), infos).map_err(|e| Error::file(path, e))?;
+        let mut header = serde_json::to_string(&header).map_err(|e| Error::file(path, e))?;
+        let start = (size_of::<u64>() + header.len()).next_multiple_of(ALIGN);
+        header.extend(std::iter::repeat_n(' ', start - size_of::<u64>() - header.len()));
+        for (place, _) in missing.values_mut() {
+            *place += start as u64;
+        }
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = path.with_file_name(format!(".{name}.partial"));
+        let io = |e| Error::io(&temporary, e);
+        let file = File::create(&temporary).map_err(io)?;
+        file.write_all_at(&(header.len() as u64).to_le_bytes(), 0).map_err(io)?;
+        file.write_all_at(header.as_bytes(), size_of::<u64>() as u64).map_err(io)?;
+        file.set_len((start + end) as u64).map_err(io)?;
+        Ok(Self { path: path.to_owned(), temporary, file, missing })
+    }
+
+    /// Writes the tensor `name`.
+    ///
+    /// # Panics
+    /// If it was not planned, was written before, or is not of that size.
+    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let (place, size) = self.missing.remove(name).unwrap_or_else(|| panic!("`{name}` is not to be written, or has been"));
+        assert_eq!(bytes.len(), size, "bytes of `{name}`");
+        self.file.write_all_at(bytes, place).map_err(|e| Error::io(&self.temporary, e))
+    }
+
+    /// Puts the file in its place, once the disk has it.
+    ///
+    /// # Panics
+    /// If a tensor was not written.
+    pub fn finish(self) -> Result<()> {
+        assert!(self.missing.is_empty(), "never written: {:?}", self.missing.keys());
+        let io = |e| Error::io(&self.path, e);
+        self.file.sync_all().map_err(io)?;
+        fs::rename(&self.temporary, &self.path).map_err(io)
+    }
+}
+
+impl Drop for Writer {
+    /// Leaves nothing behind of a file that was not finished.
+    fn drop(&mut self) {
+        match fs::remove_file(&self.temporary) {
+            Ok(()) => {}
+            // It has its name by now.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => eprintln!("llava-engine: {} stays behind: {e}", self.temporary.display()),
+        }
+    }
+}
+
+fn stored(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::Bf16 => Dtype::BF16,
+        DType::I32 => Dtype::I32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::SafeTensors;
+
+    fn planned(name: &str, shape: &[usize], dtype: DType) -> Planned {
+        Planned { name: name.to_owned(), shape: shape.to_vec(), dtype }
+    }
+
+    #[test]
+    fn what_is_written_in_any_order_is_read_back_aligned() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        let plan = [planned("a", &[2, 8], DType::I32), planned("b", &[3], DType::F16), planned("empty", &[0, 4], DType::F32)];
+        let mut writer = Writer::create(&path, &plan).unwrap();
+        writer.write("b", &[9; 6]).unwrap();
+        writer.write("empty", &[]).unwrap();
+        writer.write("a", &[7; 64]).unwrap();
+        assert!(!path.exists());
+        writer.finish().unwrap();
+        let bytes = fs::read(&path).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let a = file.tensor("a").unwrap();
+        assert_eq!((a.shape(), a.dtype(), a.data()), (&[2, 8][..], Dtype::I32, &[7; 64][..]));
+        assert_eq!((a.data().as_ptr() as usize - bytes.as_ptr() as usize) % ALIGN, 0);
+        assert_eq!(file.tensor("b").unwrap().data(), [9; 6]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_is_not_finished_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        drop(Writer::create(&path, &[planned("a", &[1], DType::F32)]).unwrap());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let twice = [planned("a", &[1], DType::F32), planned("a", &[2], DType::F32)];
+        assert!(Writer::create(&path, &twice).is_err());
+    }
+}

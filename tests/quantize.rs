@@ -1,0 +1,254 @@
+//! `quantize`: what it writes is the model that it read, rounded, in a folder that stands alone.
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use llava_engine::dtype::DType;
+use llava_engine::model::checkpoint::Checkpoint;
+use llava_engine::weights::Source;
+use llava_engine::weights::write::{Planned, Writer};
+use serde_json::Value;
+use support::fixture;
+
+/// Runs the program in a folder that has nothing to do with the checkpoints.
+fn llava(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_llava-engine"));
+    command.env_clear().env("HF_HUB_OFFLINE", "1").env("LLAVA_THREADS", "2").current_dir(std::env::temp_dir()).args(args);
+    command.output().unwrap()
+}
+
+fn succeed(args: &[&str]) -> String {
+    let output = llava(args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Exit code and message of a run that fails.
+fn fail(args: &[&str]) -> (i32, String) {
+    let output = llava(args);
+    (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
+fn quantize(model: &Path, output: &Path, flags: &[&str]) -> Value {
+    let paths = ["quantize", "--json", "--model", model.to_str().unwrap(), "--output", output.to_str().unwrap()];
+    serde_json::from_str(&succeed(&[&paths, flags].concat())).unwrap()
+}
+
+/// Log-probabilities of a prompt with a picture.
+fn logprobs(model: &Path, flags: &[&str]) -> Vec<f64> {
+    let image = fixture("images").join("square.png");
+    let prompt = ["--raw-prompt", "USER: <image>\nWhat is this? ASSISTANT:", "--image", image.to_str().unwrap(), "--json"];
+    let report = succeed(&[&["score", "--device", "cpu", "--model", model.to_str().unwrap()], &prompt[..], flags].concat());
+    let report: Value = serde_json::from_str(&report).unwrap();
+    report["logprobs"].as_array().unwrap().iter().map(|l| l.as_f64().unwrap()).collect()
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.path().is_dir() { copy_dir(&entry.path(), &to) } else { drop(fs::copy(entry.path(), to).unwrap()) }
+    }
+}
+
+#[test]
+fn every_layout_becomes_a_folder_that_stands_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = fixture("checkpoints/base-llama");
+    let mut n_packed = 0;
+    for (name, with_base) in [
+        ("hf_mha_f32", false),
+        ("hf_gqa_bf16", false),
+        ("hf_gqa_f16", false),
+        ("orig_mha_f32", false),
+        ("orig_gqa_bf16", false),
+        ("orig_f16_safetensors", false),
+        ("orig_identity_f16", false),
+        ("orig_projector_over_base", true),
+    ] {
+        let model = fixture("checkpoints").join(name);
+        let output = dir.path().join(name);
+        let base = if with_base { vec!["--model-base", base.to_str().unwrap()] } else { Vec::new() };
+        let report = quantize(&model, &output, &[&["--bits", "8", "--group-size", "32"][..], &base].concat());
+        let errors = report["tensors"].as_array().unwrap().iter().filter_map(|t| t["relative_error"].as_f64());
+        n_packed += errors.clone().count();
+        assert!(errors.clone().all(|e| e > 0.0 && e < 0.01), "{name}: {report}");
+        // Elsewhere, and without what the old one leaned on.
+        let moved = tempfile::tempdir().unwrap();
+        copy_dir(&output, moved.path());
+        let (before, after) = (logprobs(&model, &base), logprobs(moved.path(), &[]));
+        assert_eq!(before.len(), after.len());
+        let worst = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(worst < 0.05, "{name}: log-probabilities differ by up to {worst}");
+        assert!(errors.count() == 0 || worst > 0.0, "{name}: nothing was rounded");
+    }
+    assert!(n_packed > 50, "{n_packed}");
+}
+
+/// What is read back is what was written, to half a step of its scale.
+#[test]
+fn packed_matrices_are_those_of_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = fixture("checkpoints/hf_mha_f32");
+    quantize(&model, dir.path(), &["--bits", "4", "--head-bits", "4", "--vision-bits", "16", "--group-size", "32"]);
+    let (before, after) = (Checkpoint::open(&model, None).unwrap(), Checkpoint::open(dir.path(), None).unwrap());
+    assert_eq!(before.config, after.config);
+    let (text, vision) = (&before.config.text, &before.config.vision);
+    let square = [text.hidden_size, text.hidden_size];
+    for (module, [n, k]) in [
+        ("llama.layers.0.self_attn.q_proj", square),
+        ("llama.layers.1.mlp.up_proj", [text.intermediate_size, text.hidden_size]),
+        ("llama.lm_head", [text.vocab_size, text.hidden_size]),
+    ] {
+        let packed = after.weights.packed(module, n, k).unwrap().unwrap_or_else(|| panic!("{module} is not packed"));
+        let dense = before.weights.tensor(&format!("{module}.weight"), &[n, k]).unwrap().to_f32();
+        for (i, (w, got)) in dense.iter().zip(packed.to_f32()).enumerate() {
+            let (scale, _) = packed.scale_offset(i / k, i % k);
+            // The largest of a group may be cut off, by as much as the widest candidate for its scale leaves out.
+            assert!((w - got).abs() <= 1.9 * scale.abs(), "{module} {i}: {w} became {got}, scale {scale}");
+        }
+    }
+    // Rows of 48 are no groups of 32; the tower was to stay.
+    for (name, shape) in [
+        ("llama.layers.0.mlp.down_proj", [text.hidden_size, text.intermediate_size]),
+        ("clip.layers.0.self_attn.q_proj", [vision.hidden_size, vision.hidden_size]),
+    ] {
+        assert!(after.weights.packed(name, shape[0], shape[1]).unwrap().is_none(), "{name}");
+        let tensor = |c: &Checkpoint| c.weights.tensor(&format!("{name}.weight"), &shape).unwrap().to_f32();
+        assert_eq!(tensor(&before), tensor(&after), "{name}");
+    }
+}
+
+#[test]
+fn a_refused_run_leaves_no_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = fixture("checkpoints/hf_mha_f32");
+    let path = |p: &Path| p.to_str().unwrap().to_owned();
+    let run = |model: &Path, output: &Path, flags: &[&str]| {
+        fail(&[&["quantize", "--model", &path(model), "--output", &path(output)], flags].concat())
+    };
+
+    let output = dir.path().join("new");
+    for flags in [["--bits", "5"], ["--bits", "16"], ["--group-size", "32"]] {
+        let whole: &[&str] = if flags[0] == "--bits" { &flags } else { &["--bits", "4", "--group-size", "48"] };
+        let (code, message) = run(&model, &output, whole);
+        assert!(code == 2 || flags[1] == "16", "{flags:?}: {code} {message}");
+    }
+    let (code, message) = run(&model, &model, &["--bits", "4"]);
+    assert!(code == 1 && message.contains("not empty"), "{message}");
+
+    // Packed already.
+    quantize(&model, &output, &["--bits", "4"]);
+    let (code, message) = run(&output, &dir.path().join("again"), &["--bits", "4"]);
+    assert!(code == 1 && message.contains("packed already"), "{message}");
+
+    // A weight that is no number, late in the file.
+    let broken = dir.path().join("broken");
+    copy_dir(&model, &broken);
+    break_weight(&broken, "mlp.up_proj.weight");
+    let output = dir.path().join("from broken");
+    let (code, message) = run(&broken, &output, &["--bits", "4"]);
+    assert!(
+        code == 1 && message.contains("up_proj") && message.contains("row 1, column 3") && message.contains("NaN"),
+        "{message}"
+    );
+    assert_eq!(fs::read_dir(&output).unwrap().count(), 0, "a file stayed behind");
+}
+
+/// Makes element [1, 3] of the last tensor whose name ends so a NaN, in a file of f32.
+fn break_weight(dir: &Path, name: &str) {
+    let path = dir.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let (start, k) = {
+        let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let tensors = metadata.tensors();
+        let info = tensors.iter().filter(|(n, _)| n.ends_with(name)).max_by_key(|(_, info)| info.data_offsets.0).unwrap().1;
+        (8 + header + info.data_offsets.0, info.shape[1])
+    };
+    bytes[start + 4 * (k + 3)..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(path, bytes).unwrap();
+}
+
+/// Opens a quantized checkpoint whose weight file was changed, and expects to be told so.
+#[test]
+fn files_that_are_no_packed_model_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = dir.path().join("good");
+    quantize(&fixture("checkpoints/hf_mha_f32"), &good, &["--bits", "4", "--group-size", "32"]);
+    let file = fs::read(good.join("model.safetensors")).unwrap();
+    let whole = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let words = "language_model.model.layers.0.self_attn.q_proj.words";
+    let words = whole
+        .names()
+        .into_iter()
+        .find(|n| n.ends_with("layers.0.self_attn.q_proj.words") && !n.contains("vision"))
+        .unwrap_or(words);
+    let scales = words.replace(".words", ".scales");
+    type Change<'a> = Box<dyn Fn(&str, &mut Vec<usize>, &mut DType, &mut Vec<u8>) -> bool + 'a>;
+    let changes: [(&str, Change); 4] = [
+        ("scales are missing", Box::new(|name, _, _, _| name != scales)),
+        (
+            "words",
+            Box::new(|name, shape, _, bytes| {
+                if name == words {
+                    shape[0] += 1;
+                    bytes.resize(bytes.len() + shape[1..].iter().product::<usize>() * 4, 0);
+                }
+                true
+            }),
+        ),
+        (
+            "4 bits, or 8",
+            Box::new(|name, shape, _, _| {
+                if name == words {
+                    (shape[1], shape[3]) = (shape[1] * 2, shape[3] / 2);
+                }
+                true
+            }),
+        ),
+        (
+            "scales",
+            Box::new(|name, _, dtype, _| {
+                if name == scales {
+                    *dtype = DType::Bf16;
+                }
+                true
+            }),
+        ),
+    ];
+    for (i, (expected, change)) in changes.iter().enumerate() {
+        let bad = dir.path().join(format!("bad {i}"));
+        copy_dir(&good, &bad);
+        let mut tensors = Vec::new();
+        for (name, view) in whole.tensors() {
+            let dtype = match view.dtype() {
+                safetensors::Dtype::I32 => DType::I32,
+                safetensors::Dtype::F16 => DType::F16,
+                _ => DType::F32,
+            };
+            let (mut shape, mut dtype, mut bytes) = (view.shape().to_vec(), dtype, view.data().to_vec());
+            if change(&name, &mut shape, &mut dtype, &mut bytes) {
+                tensors.push((Planned { name, shape, dtype }, bytes));
+            }
+        }
+        fs::remove_file(bad.join("model.safetensors")).unwrap();
+        let plan: Vec<Planned> = tensors.iter().map(|(p, _)| p.clone()).collect();
+        let mut writer = Writer::create(&bad.join("model.safetensors"), &plan).unwrap();
+        tensors.iter().for_each(|(p, bytes)| writer.write(&p.name, bytes).unwrap());
+        writer.finish().unwrap();
+        let (code, message) = fail(&["generate", "--device", "cpu", "--model", bad.to_str().unwrap(), "--prompt", "Hello"]);
+        assert!(code == 1 && message.contains(expected) && message.contains("q_proj"), "{i}: {code} {message}");
+    }
+    let mut config: Value = serde_json::from_slice(&fs::read(good.join("config.json")).unwrap()).unwrap();
+    for (key, value) in [("version", Value::from(2)), ("quant_method", Value::from("gptq"))] {
+        let before = std::mem::replace(&mut config["quantization_config"][key], value);
+        fs::write(good.join("config.json"), config.to_string()).unwrap();
+        let (code, message) = fail(&["inspect", "--model", good.to_str().unwrap()]);
+        assert!(code == 1 && message.contains(key), "{message}");
+        config["quantization_config"][key] = before;
+    }
+}
