@@ -226,6 +226,10 @@ fn no_tokens() {
         let case = Case::new(0, 4, 4);
         let mut y = device.put(&[0, 4], &[]);
         device.ops.linear(&mut y, &device.put(&[0, 4], &[]), &case.weight(&device), None, Epilogue::Store).unwrap();
+        let packed = Case { format: Some(Format::new(4, 32, false).unwrap()), ..Case::new(0, 4, 32) };
+        device.ops.linear(&mut y, &device.put(&[0, 32], &[]), &packed.weight(&device), None, Epilogue::Store).unwrap();
+        // It is now that launches are made.
+        assert!(device.get(&y).is_empty());
     }
 }
 

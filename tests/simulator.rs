@@ -5,7 +5,8 @@
 mod reference;
 
 use half::{bf16, f16};
-use llava_engine::cuda::driver::{Arg, DevicePtr, Driver, Grid, Launch, Simulator};
+use llava_engine::cuda::driver::{Arg, DevicePtr, Driver, Grid, Launch, Matmul, Simulator};
+use llava_engine::dtype::DType;
 
 /// A simulator, and what tests do with it.
 struct Bench(Simulator);
@@ -231,6 +232,32 @@ fn launches_that_do_not_fit_the_kernel_are_refused() {
     assert!(error.to_string().contains("cannot be launched"), "{error}");
     assert!(bench.0.function("no_such_kernel").unwrap_err().to_string().contains("no such kernel"));
     bench.launch(kernel, 1, THREADS, 0, &right).unwrap();
+}
+
+#[test]
+fn products_of_the_library_take_what_they_say_only() {
+    let bench = Bench(Simulator::with_library(1));
+    let size = Matmul { dtype: DType::F32, y_dtype: DType::F32, tokens: 1, n: 1, k: 2, y_stride: 1, add: false };
+    let function = bench.0.matmul(&size).unwrap().unwrap();
+    let (y, x, w) = (bench.blank(256), bench.put(&[2.0f32; 64]), bench.put(&[3.0f32; 64]));
+    let multiply = |args: &[Arg]| {
+        let grid = Grid { blocks: [1; 3], threads: 1, shared_bytes: 0 };
+        // SAFETY: the tensors are larger than the product, wherever in their first half they begin; too few arguments are refused.
+        unsafe { bench.0.launch(&Launch { function, grid, args: args.to_vec() }) }.map_err(|e| e.to_string())
+    };
+    assert!(multiply(&[y.arg(), x.arg()]).unwrap_err().contains("y, x and W"));
+    for shifted in 0..3 {
+        let mut args = [y.arg(), x.arg(), w.arg()];
+        args[shifted] = Arg::Ptr([&y, &x, &w][shifted].ptr.offset(128));
+        assert!(multiply(&args).unwrap_err().contains("256-byte aligned"), "operand {shifted}");
+    }
+    multiply(&[y.arg(), x.arg(), w.arg()]).unwrap();
+    assert_eq!(y.read::<f32>()[0], 12.0);
+}
+
+#[test]
+fn memory_that_the_host_has_not_is_refused() {
+    assert!(Simulator::new(1).alloc(1 << 60).unwrap_err().to_string().contains("the host has no memory"));
 }
 
 /// After whatever went wrong, the next launch on the same threads is as if nothing had been.

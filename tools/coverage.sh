@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=$PWD/target/coverage
-tests=(simulator ops ops_linear ops_attention ops_sample stages batch cli_devices)
+tests=(simulator ops ops_image ops_linear ops_attention ops_sample stages batch cli_devices)
 
 mkdir -p "$target"
 [ -x "$target/venv/bin/pip" ] || python3 -m venv "$target/venv"
@@ -29,7 +29,7 @@ export CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_DEBUG=false
 
 which=(--release --lib "${tests[@]/#/--test=}")
 cargo test "${which[@]}" --test bench --test cli --no-run --message-format=json-render-diagnostics > "$target/build.json"
-rm -rf "$target/profiles"
+rm -rf "$target/profiles" default_*.profraw
 find "$CARGO_TARGET_DIR" -name '*.gcda' -delete
 # Of some programs, only what is about kernels.
 cargo test --release --lib --test bench --test cli -- cuda:: the_simulator_has_peaks info_says

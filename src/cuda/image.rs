@@ -204,3 +204,17 @@ impl Cuda {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A launch would be refused, when nobody knows any more what for.
+    #[test]
+    fn pictures_wider_than_a_grid_are_refused() {
+        let widest = MAX_PARTS * THREADS;
+        assert_eq!(grid(7, widest).unwrap().blocks, [7, 65_535, 1]);
+        let error = grid(7, widest + CHANNELS).unwrap_err().to_string();
+        assert!(error.contains("width of a picture") && error.contains(&(widest / CHANNELS).to_string()), "{error}");
+    }
+}

@@ -18,7 +18,7 @@ use crate::error::Result;
 /// Fewer launches than this are not worth a graph.
 const MIN_GRAPH: usize = 8;
 /// Sequences of launches that are remembered; the one that was used longest ago makes place.
-const MAX_RECORDED: usize = 64;
+pub(super) const MAX_RECORDED: usize = 64;
 /// Ints of the smallest table, so that slots seldom grow.
 const MIN_WORDS: usize = 256;
 

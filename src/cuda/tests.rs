@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use super::Cuda;
+use super::driver::GraphId;
+use super::queue::MAX_RECORDED;
 use crate::dtype::DType;
 use crate::image::{Fit, Preprocess, RgbImage, preprocess};
 use crate::ops::{Draw, Epilogue, Ops, Weight};
@@ -67,6 +69,54 @@ fn tables_are_staged_side_by_side() {
     let table = cuda.queue.stage(vec![7; 3]).unwrap();
     assert_ne!(cuda.queue.stage(vec![-1]).unwrap(), table);
     assert_eq!(cuda.queue.stage(vec![7; 3]).unwrap(), table);
+}
+
+/// A table that has grown gets another place before it is copied.
+#[test]
+fn a_table_outgrows_its_place() {
+    let cuda = Cuda::simulated(1, DType::F32).unwrap();
+    let rows: Vec<f32> = (0..5 * 4).map(|i| i as f32).collect();
+    let table = cuda.to_device(Tensor::from_slice(&[5, 4], &rows)).unwrap();
+    for n in [3, 700, 4, 300] {
+        let ids: Vec<u32> = (0..n).map(|i| i * 3 % 5).collect();
+        let mut y = cuda.zeros(&[ids.len(), 4], DType::F32).unwrap();
+        cuda.embed(&mut y, &table, &ids).unwrap();
+        let expected: Vec<f32> = ids.iter().flat_map(|&id| rows[id as usize * 4..][..4].to_vec()).collect();
+        assert_eq!(cuda.to_host(&y).unwrap().to_f32(), expected, "{n} ids");
+    }
+}
+
+/// Of too many sequences the one that was used longest ago is forgotten, with its graph: it comes again as a new one.
+#[test]
+fn the_sequence_that_was_used_longest_ago_is_forgotten() {
+    let cuda = Cuda::simulated(1, DType::F32).unwrap();
+    let x = cuda.to_device(Tensor::from_slice(&[1, 4], &[2.0f32; 4])).unwrap();
+    let w = cuda.to_device(Tensor::from_slice(&[4], &[1.0f32; 4])).unwrap();
+    let mut y = cuda.zeros(&[1, 4], DType::F32).unwrap();
+    // One sequence for each number; what is returned is how often any was replayed.
+    let mut make = |number: usize| {
+        (0..8).for_each(|_| cuda.rms_norm(&mut y, &x, &w, number as f32).unwrap());
+        cuda.queue.flush().unwrap();
+        cuda.queue.n_replays()
+    };
+    assert_eq!([0, 0, 1, 1, 0].map(&mut make), [0, 1, 1, 2, 3]);
+    for number in 2..=MAX_RECORDED {
+        assert_eq!(make(number), 3, "{number} is new");
+    }
+    assert_eq!([0, 1, 1].map(&mut make), [4, 4, 5]);
+    // SAFETY: a graph of launches whose tensors are still there; the simulator refuses one that was forgotten.
+    let forgotten = |graph| unsafe { cuda.driver.replay(GraphId(graph)) }.is_err();
+    assert_eq!([0, 1, 2].map(forgotten), [false, true, false]);
+}
+
+#[test]
+fn what_is_on_the_device_is_not_copied_again() {
+    let cuda = Cuda::simulated(1, DType::F32).unwrap();
+    let x = cuda.to_device(Tensor::from_slice(&[3], &[1.0f32, 2.0, 3.0])).unwrap();
+    let address = x.device_address();
+    let x = cuda.to_device(x).unwrap();
+    assert_eq!(x.device_address(), address);
+    assert_eq!(cuda.to_host(&x).unwrap().to_f32(), [1.0, 2.0, 3.0]);
 }
 
 #[test]

@@ -157,11 +157,6 @@ impl Simulator {
         Self { matmuls: Some(Mutex::default()), ..Self::new(n_threads) }
     }
 
-    /// Names of all kernels of this build.
-    pub fn kernel_names(&self) -> impl Iterator<Item = &str> {
-        self.kernels.iter().map(|k| k.name.to_str().expect("kernel names are ASCII"))
-    }
-
     fn graphs(&self) -> MutexGuard<'_, Vec<Option<Arc<[Launch]>>>> {
         self.graphs.lock().unwrap_or_else(PoisonError::into_inner)
     }
