@@ -119,11 +119,11 @@ fn answers_depend_on_the_picture() {
     assert!(blanked < 0.4, "{:.1} % are right about a blank picture", 100.0 * blanked);
 }
 
-/// Weights of 8 bits leave the accuracy where it was; of 4 bits, in groups of 32, they cost a model as small as this one some of it.
+/// Weights of 8 bits leave the accuracy where it was (97.5 %); of 4 bits, in groups of 32, they cost next to none (96.9 %).
 #[test]
 fn quantized_models_see_too() {
     let scenes = scenes();
-    for (bits, group, bound) in [(8, 128, 0.95), (4, 32, 0.85)] {
+    for (bits, group, bound) in [(8, 128, 0.95), (4, 32, 0.94)] {
         let dir = tempfile::tempdir().unwrap();
         let recipe = Recipe::of_bits(bits, group).unwrap();
         quantize(&root().join("models/demo"), None, dir.path(), recipe, 0, |_, _| {}).unwrap();

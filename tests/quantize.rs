@@ -51,7 +51,7 @@ fn copy_dir(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         let to = to.join(entry.file_name());
-        if entry.path().is_dir() { copy_dir(&entry.path(), &to) } else { drop(fs::copy(entry.path(), to).unwrap()) }
+        if entry.path().is_dir() { copy_dir(&entry.path(), &to) } else { fs::copy(entry.path(), to).map(|_| ()).unwrap() }
     }
 }
 
@@ -82,9 +82,13 @@ fn every_layout_becomes_a_folder_that_stands_alone() {
         copy_dir(&output, moved.path());
         let (before, after) = (logprobs(&model, &base), logprobs(moved.path(), &[]));
         assert_eq!(before.len(), after.len());
-        let worst = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-        assert!(worst < 0.05, "{name}: log-probabilities differ by up to {worst}");
-        assert!(errors.count() == 0 || worst > 0.0, "{name}: nothing was rounded");
+        // Of a tiny random model they spread over a dozen; rounding moves them by 2 to 4 % of that, a wrong matrix by more than the whole.
+        let mean = before.iter().sum::<f64>() / before.len() as f64;
+        let spread: f64 = before.iter().map(|a| (a - mean).powi(2)).sum();
+        let moved: f64 = before.iter().zip(&after).map(|(a, b)| (a - b).powi(2)).sum();
+        let share = (moved / spread).sqrt();
+        assert!(share < 0.08, "{name}: log-probabilities moved by {share} of their spread");
+        assert!(errors.count() == 0 || share > 0.0, "{name}: nothing was rounded");
     }
     assert!(n_packed > 50, "{n_packed}");
 }
@@ -133,10 +137,10 @@ fn a_refused_run_leaves_no_checkpoint() {
     };
 
     let output = dir.path().join("new");
-    for flags in [["--bits", "5"], ["--bits", "16"], ["--group-size", "32"]] {
-        let whole: &[&str] = if flags[0] == "--bits" { &flags } else { &["--bits", "4", "--group-size", "48"] };
-        let (code, message) = run(&model, &output, whole);
-        assert!(code == 2 || flags[1] == "16", "{flags:?}: {code} {message}");
+    let nothing = ["--bits", "16", "--head-bits", "16", "--projector-bits", "16", "--vision-bits", "16"];
+    for flags in [&["--bits", "5"][..], &["--bits", "4", "--group-size", "48"], &["--bits", "4", "--method", "gptq"], &nothing] {
+        let (code, message) = run(&model, &output, flags);
+        assert!(code == 2 && !output.exists(), "{flags:?}: {code} {message}");
     }
     let (code, message) = run(&model, &model, &["--bits", "4"]);
     assert!(code == 1 && message.contains("not empty"), "{message}");

@@ -29,10 +29,10 @@ pub struct Args {
     /// New folder for the result
     #[arg(long, short, value_name = "DIR")]
     output: PathBuf,
-    /// Bits of the decoder's matrices: 4 or 8
+    /// Bits of the matrices of the decoder's layers: 4, 8, or 16 to leave them as they are
     #[arg(long, value_name = "BITS")]
     bits: usize,
-    /// Bits of the decoder's head: 4, 8, or 16 to leave it as it is
+    /// Bits of the decoder's head
     #[arg(long, default_value_t = 8, value_name = "BITS")]
     head_bits: usize,
     /// Bits of the projector

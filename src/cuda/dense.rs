@@ -176,7 +176,7 @@ pub(super) struct Operands {
 
 impl Operands {
     /// The same for the rows of W from `row` on, of which the first has column `first_col` of y.
-    fn from_column(&self, first_col: usize, row: usize) -> Self {
+    fn at_column(&self, first_col: usize, row: usize) -> Self {
         let y = self.y.offset((first_col + row) * self.y_dtype.size());
         Self { y, bias: self.bias.map(|bias| bias.offset(row * DType::F32.size())), ..*self }
     }
@@ -250,7 +250,7 @@ impl Cuda {
                             matrices[i] = Some((address(OP, "W", part)?, part.rows()));
                         }
                         // SAFETY: as below.
-                        unsafe { self.dense(maker, &operands.from_column(w.first_col, row), matrices)? };
+                        unsafe { self.dense(maker, &operands.at_column(w.first_col, row), matrices)? };
                         row += parts.iter().map(|part| part.rows()).sum::<usize>();
                     }
                 }
@@ -260,7 +260,7 @@ impl Cuda {
                         // has `tokens` rows of `y_stride`, at least `first_col` and the rows of all parts, in this dtype or f32; the bias,
                         // if there is one, has an f32 for each row of all parts (`check::linear`, `check::dtype`). y is borrowed alone, so
                         // nothing else lies in it.
-                        unsafe { self.packed(maker, &operands.from_column(w.first_col, row), part)? };
+                        unsafe { self.packed(maker, &operands.at_column(w.first_col, row), part)? };
                         row += part.n;
                     }
                 }

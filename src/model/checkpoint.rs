@@ -40,6 +40,8 @@ pub struct Checkpoint {
     pub layout: Layout,
     /// Number format of the decoder's matrices; of its embedding if they are packed.
     pub dtype: DType,
+    /// The folder that describes the vision tower, if that is not the checkpoint's own; its weights may be inside all the same.
+    pub tower_dir: Option<PathBuf>,
     /// The name of the checkpoint that this one was made from, if it was quantized.
     pub quantized_from: Option<String>,
 }
@@ -172,7 +174,9 @@ impl Checkpoint {
             }
             Some(base)
         };
-        let (vision, mut preprocess, tower) = open_tower(folder, keys, &mut weights)?;
+        let is_inside = weights.has_part(Part::Clip);
+        let (vision, mut preprocess, tower_dir) = open_tower(folder, keys, &mut weights)?;
+        let tower = tower_dir.clone().filter(|_| !is_inside);
         preprocess.fit = aspect_ratio(keys)?;
         let config = config_json::original(keys, folder.generation().as_ref(), vision, preprocess)?;
         if config.projector != ProjectorConfig::Identity && !weights.has_part(Part::Projector) {
@@ -188,14 +192,14 @@ impl Checkpoint {
             (_, tower, Some(found)) => Layout::Original { n_files: found.paths.len(), format: found.format, tower },
             (_, _, None) => return Err(folder.no_weights()),
         };
-        Self::assemble(folder, &tokenizer_dir, config, weights, layout)
+        Ok(Self { tower_dir, ..Self::assemble(folder, &tokenizer_dir, config, weights, layout)? })
     }
 
     fn assemble(folder: &Folder, tokenizer_dir: &Path, config: LlavaConfig, weights: Store, layout: Layout) -> Result<Self> {
         let dtype = check_decoder(folder, &weights)?;
         let tokenizer_dir = tokenizer_dir.to_owned();
         let chat_template = chat_template(&tokenizer_dir)?;
-        Ok(Self { config, weights, tokenizer_dir, chat_template, layout, dtype, quantized_from: None })
+        Ok(Self { config, weights, tokenizer_dir, chat_template, layout, dtype, tower_dir: None, quantized_from: None })
     }
 }
 
@@ -288,7 +292,7 @@ fn same(a: &Path, b: &Path) -> bool {
     matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
-/// Configuration of the vision tower, and its folder if its weights had to be added from there.
+/// Configuration of the vision tower, and its folder, from which its weights are added unless they are there.
 fn open_tower(folder: &Folder, keys: &Keys, weights: &mut Store) -> Result<(ClipConfig, Preprocess, Option<PathBuf>)> {
     for key in ["s2", "mm_resampler_type"] {
         if keys.value(key).is_some_and(|value| *value != Value::Bool(false)) {
@@ -322,7 +326,7 @@ fn open_tower(folder: &Folder, keys: &Keys, weights: &mut Store) -> Result<(Clip
     let preprocess = preprocess(&dir, vision.image_size)?
         .ok_or_else(|| Error::file(&dir, "the vision tower has no preprocessor_config.json"))?;
     if inside {
-        return Ok((vision, preprocess, None));
+        return Ok((vision, preprocess, Some(dir)));
     }
     let found = files::weight_files(&dir)?.ok_or_else(|| Error::file(&dir, "the vision tower has no weight files"))?;
     for file in &found.paths {

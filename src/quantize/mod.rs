@@ -6,7 +6,7 @@
 pub mod round;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
@@ -14,7 +14,7 @@ use crate::cpu::pool::Pool;
 use crate::cpu::simd::Isa;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::model::checkpoint::{Checkpoint, Layout, QUANT_METHOD, QUANT_VERSION};
+use crate::model::checkpoint::{Checkpoint, QUANT_METHOD, QUANT_VERSION};
 use crate::ops::packed::Format;
 use crate::weights::recipe::Recipe;
 use crate::weights::write::{Planned, Writer};
@@ -201,21 +201,12 @@ fn companions(model: &Path, checkpoint: &Checkpoint, output: &Path) -> Result<()
     };
     copy(model, output)?;
     copy(&checkpoint.tokenizer_dir, output)?;
-    let Some(tower) = tower(&checkpoint.layout) else { return Ok(()) };
+    let Some(tower) = &checkpoint.tower_dir else { return Ok(()) };
     let to = output.join(TOWER);
     fs::create_dir(&to).map_err(|e| Error::io(&to, e))?;
     copy(tower, &to)?;
     let config = to.join("config.json");
     fs::copy(tower.join("config.json"), &config).map(|_| ()).map_err(|e| Error::io(&config, e))
-}
-
-/// The folder of a vision tower outside the checkpoint.
-fn tower(layout: &Layout) -> Option<&PathBuf> {
-    match layout {
-        Layout::Original { tower, .. } => tower.as_ref(),
-        Layout::ProjectorOverBase { tower, .. } => Some(tower),
-        Layout::Hf { .. } => None,
-    }
 }
 
 /// Writes `config.json`: the old one, with a note of what was done.
@@ -236,7 +227,7 @@ fn configuration(model: &Path, checkpoint: &Checkpoint, recipe: Recipe, output: 
             "vision": format(recipe.vision),
         }),
     );
-    if tower(&checkpoint.layout).is_some() {
+    if checkpoint.tower_dir.is_some() {
         config.insert("mm_vision_tower".to_owned(), json!(TOWER));
     }
     let to = output.join("config.json");
