@@ -182,6 +182,7 @@ impl GenerateRequest {
             max_new_tokens: self.max_new_tokens.unwrap_or(GenerateOptions::default().max_new_tokens),
             stop: self.stop.clone(),
             ignore_eos: false,
+            prompt_lookup: 0,
         }
     }
 

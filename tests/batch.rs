@@ -2,12 +2,17 @@
 
 mod support;
 
+use std::path::Path;
+
 use llava_engine::device::Device;
 use llava_engine::dtype::DType;
 use llava_engine::engine::{Engine, EngineOptions};
 use llava_engine::infer::kv::PageTable;
+use llava_engine::infer::lookup::MAX_DRAFT;
 use llava_engine::infer::runner::{Runner, Step};
 use llava_engine::model::Slot;
+use llava_engine::quantize::quantize;
+use llava_engine::weights::recipe::Recipe;
 use support::{Bound, assert_close, fixture, kernel_device};
 
 /// Heads that share keys and heads that do not.
@@ -65,6 +70,10 @@ fn advance(runner: &mut Runner, sequences: &mut [&mut Sequence]) {
 }
 
 fn open(checkpoint: &str, device: Device, context_tokens: usize, n_contexts: usize) -> Runner {
+    open_at(&fixture(&format!("checkpoints/{checkpoint}")), device, context_tokens, n_contexts)
+}
+
+fn open_at(model: &Path, device: Device, context_tokens: usize, n_contexts: usize) -> Runner {
     let options = EngineOptions {
         device,
         dtype: Some(DType::F32),
@@ -73,7 +82,7 @@ fn open(checkpoint: &str, device: Device, context_tokens: usize, n_contexts: usi
         n_contexts,
         ..Default::default()
     };
-    Engine::open(fixture(&format!("checkpoints/{checkpoint}")), &options).unwrap().into_runner()
+    Engine::open(model, &options).unwrap().into_runner()
 }
 
 /// The CPU, and the CUDA kernels.
@@ -137,4 +146,35 @@ fn what_does_not_fit_is_refused() {
         (0..71).map(|_| Sequence { table: runner.kv().sequence(), past: 0, answer: vec![1], logits: Vec::new() }).collect();
     assert!(refusal(&mut runner, &mut crowd).contains("at most 70"));
     runner.step(&mut [], |_| panic!("nobody asked")).unwrap();
+}
+
+/// A draft that is checked in one pass gives the logits of token after token: on the CPU to the last bit, so that prompt lookup cannot
+/// change an answer; elsewhere to the rounding of sums in another order.
+#[test]
+fn rows_of_a_draft_have_the_logits_of_single_ones() {
+    let packed = tempfile::tempdir().unwrap();
+    let recipe = Recipe::of_bits(4, 32).unwrap();
+    quantize(&fixture("checkpoints/hf_mha_f32"), None, packed.path(), recipe, 1, |_, _| {}).unwrap();
+    let models = CHECKPOINTS.map(|name| fixture(&format!("checkpoints/{name}"))).into_iter().chain([packed.path().to_owned()]);
+    for (model, device) in models.flat_map(|m| devices().map(move |d| (m.clone(), d))) {
+        let mut runner = open_at(&model, device, 128, 2);
+        let ids: [u32; 1 + MAX_DRAFT] = std::array::from_fn(|i| 5 + 7 * i as u32);
+        let slots = ids.map(Slot::Token);
+        for past in [1, 62, 63, 64, 100] {
+            let mut sequence = Sequence::new(&mut runner, past);
+            let mut rows = |slots: &[Slot], past| {
+                let mut rows = Vec::new();
+                runner.extend(&mut sequence.table, past, slots, None, 0, |row| rows.push(row.to_vec())).unwrap();
+                rows
+            };
+            let together = rows(&slots, past);
+            let alone: Vec<_> = (0..slots.len()).flat_map(|i| rows(&slots[i..=i], past + i)).collect();
+            let name = format!("{} on {device}, {past} tokens", model.display());
+            if device == Device::Cpu {
+                assert!(together == alone, "{name}: not the same to the last bit");
+            } else {
+                assert_close(&name, &together.concat(), &alone.concat(), CLOSE);
+            }
+        }
+    }
 }

@@ -11,6 +11,7 @@ use llava_engine::device::Device;
 use llava_engine::dtype::DType;
 use llava_engine::engine::{Engine, EngineOptions, GenerateOptions};
 use llava_engine::image::RgbImage;
+use llava_engine::infer::lookup::MAX_DRAFT;
 use llava_engine::infer::sampler::SamplingOptions;
 use llava_engine::model::Stage;
 use llava_engine::tensor::Tensor;
@@ -158,7 +159,7 @@ fn every_stage_agrees_with_the_reference_in_f32() {
 
 #[test]
 fn greedy_tokens_are_the_references() {
-    let options = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 24, ignore_eos: true, stop: Vec::new() };
+    let options = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 24, ignore_eos: true, ..Default::default() };
     for (fixture, device) in fixtures_by_device() {
         let mut engine = fixture.open(device, DType::F32);
         for case in &fixture.expected.cases {
@@ -170,6 +171,34 @@ fn greedy_tokens_are_the_references() {
             assert_eq!(got, fixture.i64(&format!("case{i}.greedy")), "{} case {i} ({}) on {device}", fixture.name, case.name);
         }
     }
+}
+
+/// Guessed tokens save passes, and change no answer: greedy or drawn, right or wrong as they may be.
+#[test]
+fn guesses_change_no_answer() {
+    let greedy = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 40, ignore_eos: true, ..Default::default() };
+    let drawn = SamplingOptions { temperature: 0.3, top_p: 0.95, repetition_penalty: 1.05, seed: 5, ..Default::default() };
+    let drawn = GenerateOptions { sampling: drawn, ..greedy.clone() };
+    let (mut drafted, mut accepted) = ([0; 2], [0; 2]);
+    for fixture in Fixture::all() {
+        let mut engine = fixture.open(Device::Cpu, DType::F32);
+        for case in &fixture.expected.cases {
+            let images = fixture.images(case);
+            for (i, options) in [&greedy, &drawn].into_iter().enumerate() {
+                let mut answer = |prompt_lookup| {
+                    let options = GenerateOptions { prompt_lookup, ..options.clone() };
+                    engine.generate(&Prompt::raw(&case.prompt), &images, &options, &mut |_| ControlFlow::Continue(())).unwrap()
+                };
+                let (plain, guessed) = (answer(0), answer(MAX_DRAFT));
+                assert_eq!(guessed.token_ids, plain.token_ids, "{} ({}), {options:?}", fixture.name, case.name);
+                assert_eq!((plain.usage.drafted_tokens, guessed.text), (0, plain.text));
+                drafted[i] += guessed.usage.drafted_tokens;
+                accepted[i] += guessed.usage.accepted_tokens;
+            }
+        }
+    }
+    // Both kinds of guesses came up.
+    assert!((0..2).all(|i| accepted[i] > 20 && accepted[i] + 20 < drafted[i]), "{accepted:?} of {drafted:?} were right");
 }
 
 #[test]
@@ -200,7 +229,7 @@ fn top(logits: &[f32]) -> (usize, f32) {
 
 #[test]
 fn a_conversation_in_the_cache_answers_as_one_that_is_not() {
-    let options = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 8, ignore_eos: true, stop: Vec::new() };
+    let options = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 8, ignore_eos: true, ..Default::default() };
     for fixture in Fixture::all().iter().filter(|f| f.name.starts_with("hf_")) {
         let mut engine = fixture.open(Device::Cpu, DType::F32);
         let case = fixture.expected.cases.iter().find(|c| c.images.len() == 1).unwrap();

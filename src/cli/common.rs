@@ -10,6 +10,7 @@ use llava_engine::dtype::DType;
 use llava_engine::engine::{Engine, EngineOptions, GenerateOptions};
 use llava_engine::error::{Error, Result};
 use llava_engine::image::{ImageSource, Limits, RgbImage};
+use llava_engine::infer::lookup::MAX_DRAFT;
 use llava_engine::infer::sampler::SamplingOptions;
 use llava_engine::model::config::Profile;
 use llava_engine::ops::{ArithmeticPeak, Operands, Peaks};
@@ -158,6 +159,9 @@ pub struct SamplingArgs {
     /// Seed of the draws: the same seed gives the same answer
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
+    /// Guesses up to 3 tokens from what was said before and checks them in one pass; the answer is the same, sooner where it repeats
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub prompt_lookup: usize,
 }
 
 impl SamplingArgs {
@@ -175,7 +179,16 @@ impl SamplingArgs {
         if self.max_new_tokens == 0 {
             return Err(Error::usage("an answer of 0 tokens: --max-new-tokens must be at least 1"));
         }
-        Ok(GenerateOptions { sampling, max_new_tokens: self.max_new_tokens, stop: self.stop.clone(), ignore_eos: false })
+        if self.prompt_lookup > MAX_DRAFT {
+            return Err(Error::usage(format!("--prompt-lookup {}: at most {MAX_DRAFT} tokens are guessed at a time", self.prompt_lookup)));
+        }
+        Ok(GenerateOptions {
+            sampling,
+            max_new_tokens: self.max_new_tokens,
+            stop: self.stop.clone(),
+            ignore_eos: false,
+            prompt_lookup: self.prompt_lookup,
+        })
     }
 }
 

@@ -1,11 +1,13 @@
 //! Answering a prompt, token by token.
 
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
+use crate::infer::lookup::{self, MAX_DRAFT};
 use crate::infer::runner::Runner;
 use crate::infer::sampler::{Sampler, SamplingOptions};
 use crate::model::Slot;
@@ -24,11 +26,13 @@ pub struct GenerateOptions {
     pub stop: Vec<String>,
     /// Whether the end token is ignored, so that an answer has just `max_new_tokens`: for measurements.
     pub ignore_eos: bool,
+    /// Tokens to guess from what was said before and to check in one pass, at most [`MAX_DRAFT`]; 0 for none. The answer is the same.
+    pub prompt_lookup: usize,
 }
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        Self { sampling: SamplingOptions::default(), max_new_tokens: 512, stop: Vec::new(), ignore_eos: false }
+        Self { sampling: SamplingOptions::default(), max_new_tokens: 512, stop: Vec::new(), ignore_eos: false, prompt_lookup: 0 }
     }
 }
 
@@ -53,6 +57,10 @@ pub struct Usage {
     pub image_tokens: usize,
     /// Tokens of the answer, the end token included.
     pub completion_tokens: usize,
+    /// Tokens that were guessed.
+    pub drafted_tokens: usize,
+    /// Those of them that were right.
+    pub accepted_tokens: usize,
 }
 
 /// What was timed.
@@ -118,6 +126,9 @@ impl Engine {
         if options.max_new_tokens == 0 {
             return Err(Error::usage("an answer of 0 tokens: ask for at least 1"));
         }
+        if options.prompt_lookup > MAX_DRAFT {
+            return Err(Error::usage(format!("prompt lookup of {} tokens: at most {MAX_DRAFT}", options.prompt_lookup)));
+        }
         let occurred = prompt.slots.iter().filter_map(|s| if let Slot::Token(id) = s { Some(*id) } else { None });
         let vocab = self.config().text.vocab_size;
         let mut sampler = Sampler::new(options.sampling.clone(), self.runner.ops(), vocab, occurred)?;
@@ -130,25 +141,23 @@ impl Engine {
         let prefill_start = Instant::now();
         let reused = session.reuse(&prompt.slots);
         let new = &prompt.slots[reused..];
-        let first = match advance(&mut self.runner, session, new, &mut sampler) {
+        let first = match advance(&mut self.runner, session, new, &[], &mut sampler) {
             Err(Error::Cancelled) => return Ok(self.cancelled(&prompt)),
-            first => first?,
+            first => first?[0],
         };
         let prefill_ms = prefill_start.elapsed().as_secs_f64() * 1e3;
 
         let decode_start = Instant::now();
         let max_new_tokens = options.max_new_tokens.min(self.config().context_tokens - prompt.slots.len());
-        let (text, token_ids, finish_reason) = self.decode(session, &mut sampler, first, max_new_tokens, options, on_text)?;
+        let mut usage = Usage { prompt_tokens: prompt.slots.len(), image_tokens: prompt.image_tokens, ..Usage::default() };
+        let said = self.decode(session, &mut sampler, first, max_new_tokens, options, &mut usage, on_text)?;
+        let (text, token_ids, finish_reason) = said;
         let decode_ms = decode_start.elapsed().as_secs_f64() * 1e3;
         let per_second = |n: usize, ms: f64| if n == 0 { 0.0 } else { n as f64 / ms * 1e3 };
         Ok(Answer {
             text,
             finish_reason,
-            usage: Usage {
-                prompt_tokens: prompt.slots.len(),
-                image_tokens: prompt.image_tokens,
-                completion_tokens: token_ids.len(),
-            },
+            usage,
             timings: Timings {
                 load_ms: self.load_ms,
                 image_ms,
@@ -162,7 +171,8 @@ impl Engine {
         })
     }
 
-    /// Goes on from the `first` token until something ends the answer: (text, tokens, why it ended).
+    /// Goes on from the `first` token until something ends the answer: (text, tokens, why it ended). Counts tokens in `usage`.
+    #[allow(clippy::too_many_arguments)] // the state of one answer
     fn decode(
         &mut self,
         session: &mut Session,
@@ -170,6 +180,7 @@ impl Engine {
         first: u32,
         max_new_tokens: usize,
         options: &GenerateOptions,
+        usage: &mut Usage,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<(String, Vec<u32>, FinishReason)> {
         let mut stops = StopMatcher::new(options.stop.clone());
@@ -182,8 +193,9 @@ impl Engine {
         // The decoder borrows the tokenizer while the runner works: they are different parts of the engine.
         let Self { runner, tokenizer, eos_token_ids, .. } = self;
         let mut decoder = StreamDecoder::new(tokenizer);
-        let mut id = first;
+        let mut drawn = VecDeque::from([first]);
         let reason = loop {
+            let id = drawn.pop_front().expect("each pass draws a token");
             token_ids.push(id);
             if eos_token_ids.contains(&id) && !options.ignore_eos {
                 break FinishReason::Stop;
@@ -199,11 +211,19 @@ impl Engine {
             if token_ids.len() == max_new_tokens {
                 break FinishReason::Length;
             }
-            id = match advance(runner, session, &[Slot::Token(id)], sampler) {
-                Err(Error::Cancelled) => break FinishReason::Cancelled,
-                next => next?,
-            };
+            if drawn.is_empty() {
+                // The answer is not to be longer than it may be: that much of a draft would be in vain.
+                let n = options.prompt_lookup.min(max_new_tokens - token_ids.len() - 1);
+                let draft = if n == 0 { Vec::new() } else { lookup::draft(&[&session.cached[..], &[Slot::Token(id)]].concat(), n) };
+                drawn = match advance(runner, session, &[Slot::Token(id)], &draft, sampler) {
+                    Err(Error::Cancelled) => break FinishReason::Cancelled,
+                    next => next?.into(),
+                };
+                usage.drafted_tokens += draft.len();
+                usage.accepted_tokens += drawn.len() - 1;
+            }
         };
+        usage.completion_tokens = token_ids.len();
         if !stops.stopped() {
             let (piece, stopped) = stops.push(&decoder.finish());
             let _ = emit(piece);
@@ -220,16 +240,19 @@ impl Engine {
             text: String::new(),
             finish_reason: FinishReason::Cancelled,
             token_ids: Vec::new(),
-            usage: Usage { prompt_tokens: prompt.slots.len(), image_tokens: prompt.image_tokens, completion_tokens: 0 },
+            usage: Usage { prompt_tokens: prompt.slots.len(), image_tokens: prompt.image_tokens, ..Usage::default() },
             timings: Timings { load_ms: self.load_ms, ..Timings::default() },
         }
     }
 }
 
-/// Runs `slots` after what `session` has cached; the token that follows.
-fn advance(runner: &mut Runner, session: &mut Session, slots: &[Slot], sampler: &mut Sampler) -> Result<u32> {
+/// Runs `slots` after what `session` has cached, and then the guesses of `draft`; the tokens that follow, which are one more than guesses
+/// were right.
+fn advance(runner: &mut Runner, session: &mut Session, slots: &[Slot], draft: &[Slot], sampler: &mut Sampler) -> Result<Vec<u32>> {
     let Session { table, cached, features, .. } = session;
-    let next = runner.next_token(table, cached.len(), slots, features.as_ref(), sampler)?;
-    cached.extend_from_slice(slots);
+    let all = [slots, draft].concat();
+    let next = runner.next_tokens(table, cached.len(), &all, draft.len(), features.as_ref(), sampler)?;
+    // What was cached for wrong guesses is overwritten by what comes in their place.
+    cached.extend_from_slice(&all[..slots.len() + next.len() - 1]);
     Ok(next)
 }

@@ -106,22 +106,34 @@ impl Runner {
         self.run(table, past, slots, features, first_output, |ops, logits| hand_rows(ops, logits, &mut take))
     }
 
-    /// Runs `slots` after the `past` cached tokens of the sequence in `table`, and draws the token that follows the last of them: all that
-    /// comes back from the device.
-    pub fn next_token(
+    /// Runs `slots` after the `past` cached tokens of the sequence in `table`, and draws what follows them: all that comes back from the
+    /// device.
+    ///
+    /// The last `n_drafted` slots are guesses: the first token drawn is that after the slot before them, and only where it is what was
+    /// guessed there is one more drawn after it. So there are 1 to `n_drafted` + 1 tokens, and as many fewer guesses were right.
+    pub fn next_tokens(
         &mut self,
         table: &mut PageTable,
         past: usize,
         slots: &[Slot],
+        n_drafted: usize,
         features: Option<&Tensor>,
         sampler: &mut Sampler,
-    ) -> Result<u32> {
-        let mut id = None;
-        self.run(table, past, slots, features, slots.len().saturating_sub(1), |ops, logits| {
-            id = Some(sampler.sample(ops, logits)?);
+    ) -> Result<Vec<u32>> {
+        let first = (slots.len().checked_sub(n_drafted + 1)).ok_or_else(|| Error::usage("there is no token for a next one to follow"))?;
+        let mut ids = Vec::new();
+        let mut right = true;
+        self.run(table, past, slots, features, first, |ops, logits| {
+            for row in 0..logits.rows() {
+                if right {
+                    let id = sampler.sample(ops, logits, row)?;
+                    ids.push(id);
+                    right = slots.get(first + ids.len()) == Some(&Slot::Token(id));
+                }
+            }
             Ok(())
         })?;
-        id.ok_or_else(|| Error::usage("there are no tokens for a next one to follow"))
+        Ok(ids)
     }
 
     /// Runs `slots` after the `past` cached tokens of the sequence in `table`, and hands the logits of the rows from `first_output` on to

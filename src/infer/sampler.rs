@@ -5,7 +5,7 @@ use rand_pcg::rand_core::{Rng, SeedableRng};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{Draw, Ops};
+use crate::ops::{Draw, Ops, RowCopy};
 use crate::tensor::Tensor;
 
 /// How tokens are chosen.
@@ -59,6 +59,8 @@ pub struct Sampler {
     ids: Tensor,
     /// A bit for each token of the vocabulary that has occurred in prompt or answer, i32 `[1, ⌈vocab/32⌉]`, on the device.
     seen: Tensor,
+    /// One row of logits, f32 `[1, vocab]`, where they come several at a time.
+    row: Option<Tensor>,
 }
 
 impl Sampler {
@@ -77,14 +79,21 @@ impl Sampler {
         }
         let rng = Pcg64::seed_from_u64(options.seed);
         let seen = ops.upload(Tensor::from_slice(&[1, seen.len()], &seen))?;
-        Ok(Self { options, rng, ids: ops.alloc(&[1], DType::I32)?, seen })
+        Ok(Self { options, rng, ids: ops.alloc(&[1], DType::I32)?, seen, row: None })
     }
 
-    /// The next token for `logits` f32 `[1, vocab]`, which are on the device and stay there.
+    /// The next token for a row of `logits` f32 `[rows, vocab]`, which are on the device and stay there.
     ///
     /// # Errors
-    /// If there is a NaN among them.
-    pub fn sample(&mut self, ops: &dyn Ops, logits: &Tensor) -> Result<u32> {
+    /// If there is a NaN in it.
+    pub fn sample(&mut self, ops: &dyn Ops, logits: &Tensor, row: usize) -> Result<u32> {
+        let logits = if logits.rows() == 1 {
+            logits
+        } else {
+            let mut one = self.row.take().map_or_else(|| ops.alloc(&[1, logits.row_len()], DType::F32), Ok)?;
+            ops.copy_rows(&mut one, logits, &[RowCopy { dst: 0, src: row, n_rows: 1 }])?;
+            self.row.insert(one)
+        };
         let SamplingOptions { temperature, top_k, top_p, min_p, repetition_penalty, seed: _ } = self.options;
         let draw = Draw { repetition_penalty, temperature, top_k, top_p, min_p, random: self.rng.next_u64() };
         ops.sample(&mut self.ids, logits, &mut self.seen, &[draw])?;
@@ -110,7 +119,7 @@ mod tests {
         let cpu = Cpu::new(1, DType::F32)?;
         let mut sampler = Sampler::new(options, &cpu, logits.len(), occurred.iter().copied())?;
         let logits = Tensor::from_slice(&[1, logits.len()], logits);
-        (0..n).map(|_| sampler.sample(&cpu, &logits)).collect()
+        (0..n).map(|_| sampler.sample(&cpu, &logits, 0)).collect()
     }
 
     fn counts(options: SamplingOptions, logits: &[f32], n: usize) -> Vec<usize> {

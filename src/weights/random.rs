@@ -65,9 +65,14 @@ impl Source for Random {
         let Some(format) = self.recipe.format(module, k) else { return Ok(None) };
         let mut words = Tensor::zeros(&format.words_shape(n, k), DType::I32);
         self.fill(module, &mut words);
+        // The block's numbers crowd round zero, and their bits with them; a multiplication spreads what differs over the word.
+        for word in words.as_mut_slice::<i32>() {
+            let mixed = (*word as u32).wrapping_mul(0x9e37_79b1);
+            *word = (mixed ^ mixed >> 16) as i32;
+        }
         let shape = format.scales_shape(n, k);
         let constant = |value: f32| Tensor::from_slice(&shape, &vec![f16::from_f32(value); shape.iter().product()]);
-        // Bits are as good as uniform: integers have a standard deviation of 2^bits / √12.
+        // Uniform integers have a standard deviation of 2^bits / √12.
         let scale = STD * 12f32.sqrt() / (1 << format.bits) as f32;
         let offsets = format.has_offsets.then(|| constant(-(format.zero() as f32) * scale));
         Packed::new(n, k, words, constant(scale), offsets).map(Some)
@@ -106,6 +111,21 @@ mod tests {
             assert!((std / STD - 1.0).abs() < 0.01, "{std}");
             let ones = source.tensor("llama.norm.weight", &[5]).unwrap();
             assert_eq!((ones.dtype(), ones.to_f32()), (dtype, vec![1.0; 5]));
+        }
+    }
+
+    #[test]
+    fn packed_weights_have_the_spread_of_dense_ones() {
+        for (dtype, bits) in [(DType::Bf16, 4), (DType::Bf16, 8), (DType::F32, 4), (DType::F16, 8)] {
+            let source = Random::packed(dtype, Recipe::of_bits(bits, 128).unwrap());
+            let packed = source.packed("llama.layers.0.mlp.up_proj", 512, 1024).unwrap().expect("a matrix of the decoder");
+            let w = packed.to_f32();
+            let mean = w.iter().sum::<f32>() / w.len() as f32;
+            let std = (w.iter().map(|x| x * x).sum::<f32>() / w.len() as f32).sqrt();
+            // Of 4 bits, −8 has no counterpart: half a step is a seventh of the deviation.
+            let step = STD * 12f32.sqrt() / (1 << bits) as f32;
+            assert!((mean + step / 2.0).abs() < 0.01 * STD, "{dtype}, {bits} bits: mean {mean}");
+            assert!((std / STD - 1.0).abs() < 0.03, "{dtype}, {bits} bits: standard deviation {std}");
         }
     }
 }
