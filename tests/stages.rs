@@ -159,7 +159,8 @@ fn every_stage_agrees_with_the_reference_in_f32() {
 
 #[test]
 fn greedy_tokens_are_the_references() {
-    let options = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 24, ignore_eos: true, ..Default::default() };
+    let options =
+        GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 24, ignore_eos: true, ..Default::default() };
     for (fixture, device) in fixtures_by_device() {
         let mut engine = fixture.open(device, DType::F32);
         for case in &fixture.expected.cases {
@@ -176,7 +177,8 @@ fn greedy_tokens_are_the_references() {
 /// Guessed tokens save passes, and change no answer: greedy or drawn, right or wrong as they may be.
 #[test]
 fn guesses_change_no_answer() {
-    let greedy = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 40, ignore_eos: true, ..Default::default() };
+    let greedy =
+        GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 40, ignore_eos: true, ..Default::default() };
     let drawn = SamplingOptions { temperature: 0.3, top_p: 0.95, repetition_penalty: 1.05, seed: 5, ..Default::default() };
     let drawn = GenerateOptions { sampling: drawn, ..greedy.clone() };
     let (mut drafted, mut accepted) = ([0; 2], [0; 2]);
@@ -229,7 +231,8 @@ fn top(logits: &[f32]) -> (usize, f32) {
 
 #[test]
 fn a_conversation_in_the_cache_answers_as_one_that_is_not() {
-    let options = GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 8, ignore_eos: true, ..Default::default() };
+    let options =
+        GenerateOptions { sampling: SamplingOptions::greedy(), max_new_tokens: 8, ignore_eos: true, ..Default::default() };
     for fixture in Fixture::all().iter().filter(|f| f.name.starts_with("hf_")) {
         let mut engine = fixture.open(Device::Cpu, DType::F32);
         let case = fixture.expected.cases.iter().find(|c| c.images.len() == 1).unwrap();

@@ -180,7 +180,10 @@ impl SamplingArgs {
             return Err(Error::usage("an answer of 0 tokens: --max-new-tokens must be at least 1"));
         }
         if self.prompt_lookup > MAX_DRAFT {
-            return Err(Error::usage(format!("--prompt-lookup {}: at most {MAX_DRAFT} tokens are guessed at a time", self.prompt_lookup)));
+            return Err(Error::usage(format!(
+                "--prompt-lookup {}: at most {MAX_DRAFT} tokens are guessed at a time",
+                self.prompt_lookup
+            )));
         }
         Ok(GenerateOptions {
             sampling,

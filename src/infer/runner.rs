@@ -120,7 +120,8 @@ impl Runner {
         features: Option<&Tensor>,
         sampler: &mut Sampler,
     ) -> Result<Vec<u32>> {
-        let first = (slots.len().checked_sub(n_drafted + 1)).ok_or_else(|| Error::usage("there is no token for a next one to follow"))?;
+        let first =
+            (slots.len().checked_sub(n_drafted + 1)).ok_or_else(|| Error::usage("there is no token for a next one to follow"))?;
         let mut ids = Vec::new();
         let mut right = true;
         self.run(table, past, slots, features, first, |ops, logits| {
