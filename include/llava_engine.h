@@ -71,7 +71,7 @@ const char *llava_last_error(void);
 
 // Opens the model in the folder, or of the hub id, `model`, and stores the engine in `*engine`.
 //
-// `options_json` is null or an object with any of: `device`, `dtype`, `check_ops`, `check_nan`, `threads`, `model_base`, `preprocess`,
+// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `check_ops`, `check_nan`, `threads`, `model_base`, `preprocess`,
 // `template`, `context_tokens`. They mean what the flags of the command line mean.
 //
 // # Safety
@@ -83,7 +83,7 @@ int32_t llava_open(const char *model,
 // Answers a prompt about images.
 //
 // `request_json` is an object with either `prompt` (a question, put into the model's template) or `raw_prompt` (taken verbatim, with
-// `<image>` marks), and any of: `system`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`,
+// `<image>` marks), and any of: `system`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `prompt_lookup`, `seed`,
 // `stop` (an array). `on_text` may be null. If `answer_json` is not null, the answer is stored there as text that
 // `llava_string_free` frees: an object with `text`, `finish_reason` (`stop`, `length` or `cancelled`), `token_ids`, `usage`, `timings`.
 //

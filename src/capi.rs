@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::image::{Limits, RgbImage, decode};
 use crate::infer::sampler::SamplingOptions;
 use crate::model::config::Profile;
+use crate::ops::kv;
 use crate::text::Prompt;
 
 /// Version of this interface: raised whenever a program compiled for the last one would not work with it.
@@ -118,6 +119,7 @@ fn parse<T: for<'a> Deserialize<'a> + Default>(json: Option<&str>, what: &str) -
 struct OpenRequest {
     device: Option<String>,
     dtype: Option<String>,
+    kv_cache_dtype: Option<String>,
     check_ops: bool,
     check_nan: bool,
     threads: usize,
@@ -138,6 +140,7 @@ impl OpenRequest {
         Ok(EngineOptions {
             device: self.device.as_deref().unwrap_or("auto").parse()?,
             dtype: self.dtype.as_deref().filter(|d| *d != "auto").map(str::parse).transpose()?,
+            kv_dtype: kv::dtype(self.kv_cache_dtype.as_deref().unwrap_or("auto"))?,
             threads: self.threads,
             model_base: self.model_base,
             profile,
@@ -163,6 +166,7 @@ struct GenerateRequest {
     top_p: Option<f32>,
     min_p: Option<f32>,
     repetition_penalty: Option<f32>,
+    prompt_lookup: usize,
     seed: Option<u64>,
     stop: Vec<String>,
 }
@@ -182,7 +186,7 @@ impl GenerateRequest {
             max_new_tokens: self.max_new_tokens.unwrap_or(GenerateOptions::default().max_new_tokens),
             stop: self.stop.clone(),
             ignore_eos: false,
-            prompt_lookup: 0,
+            prompt_lookup: self.prompt_lookup,
         }
     }
 
@@ -224,7 +228,7 @@ pub extern "C" fn llava_last_error() -> *const c_char {
 
 /// Opens the model in the folder, or of the hub id, `model`, and stores the engine in `*engine`.
 ///
-/// `options_json` is null or an object with any of: `device`, `dtype`, `check_ops`, `check_nan`, `threads`, `model_base`, `preprocess`,
+/// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `check_ops`, `check_nan`, `threads`, `model_base`, `preprocess`,
 /// `template`, `context_tokens`. They mean what the flags of the command line mean.
 ///
 /// # Safety
@@ -251,7 +255,7 @@ pub unsafe extern "C" fn llava_open(model: *const c_char, options_json: *const c
 /// Answers a prompt about images.
 ///
 /// `request_json` is an object with either `prompt` (a question, put into the model's template) or `raw_prompt` (taken verbatim, with
-/// `<image>` marks), and any of: `system`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`,
+/// `<image>` marks), and any of: `system`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `prompt_lookup`, `seed`,
 /// `stop` (an array). `on_text` may be null. If `answer_json` is not null, the answer is stored there as text that
 /// `llava_string_free` frees: an object with `text`, `finish_reason` (`stop`, `length` or `cancelled`), `token_ids`, `usage`, `timings`.
 ///

@@ -16,6 +16,8 @@ pub enum DType {
     Bf16,
     /// Signed 32-bit integer: token ids, positions.
     I32,
+    /// Signed 8-bit integer: keys and values of a small cache.
+    I8,
 }
 
 impl DType {
@@ -24,6 +26,7 @@ impl DType {
         match self {
             Self::F32 | Self::I32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::I8 => 1,
         }
     }
 
@@ -34,6 +37,7 @@ impl DType {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
             Self::I32 => "i32",
+            Self::I8 => "i8",
         }
     }
 }
@@ -74,4 +78,7 @@ impl Element for half::bf16 {
 }
 impl Element for i32 {
     const DTYPE: DType = DType::I32;
+}
+impl Element for i8 {
+    const DTYPE: DType = DType::I8;
 }

@@ -5,10 +5,12 @@
 //! The trait is object-safe, so that decorators such as a profiler stand in front of any device.
 
 pub mod check;
+pub mod kv;
 pub mod packed;
 mod peaks;
 pub mod sample;
 
+pub use kv::KvLayer;
 pub use packed::Packed;
 pub use sample::Draw;
 
@@ -67,24 +69,6 @@ impl Heads {
     /// Width of a row of `qkv`.
     pub fn qkv_width(&self) -> usize {
         self.q_width() + 2 * self.kv_width()
-    }
-}
-
-/// Keys and values of one layer, in pages: both are `[n_pages, n_kv_heads, page_tokens, head_dim]`.
-///
-/// A head's tokens lie together within a page, so that decoding streams them.
-#[derive(Debug)]
-pub struct KvLayer {
-    /// Keys, already rotated.
-    pub k: Tensor,
-    /// Values.
-    pub v: Tensor,
-}
-
-impl KvLayer {
-    /// Tokens of one page.
-    pub fn page_tokens(&self) -> usize {
-        self.k.shape()[2]
     }
 }
 

@@ -269,7 +269,7 @@ impl Tensor {
             DType::F32 => self.as_slice::<f32>().to_vec(),
             DType::F16 => self.as_slice::<half::f16>().iter().map(|x| x.to_f32()).collect(),
             DType::Bf16 => self.as_slice::<half::bf16>().iter().map(|x| x.to_f32()).collect(),
-            DType::I32 => panic!("{self:?} holds integers"),
+            DType::I32 | DType::I8 => panic!("{self:?} holds integers"),
         }
     }
 
@@ -280,7 +280,7 @@ impl Tensor {
             DType::F32 => Self::from_slice(&self.shape, &values),
             DType::F16 => Self::from_slice(&self.shape, &values.iter().map(|&x| half::f16::from_f32(x)).collect::<Vec<_>>()),
             DType::Bf16 => Self::from_slice(&self.shape, &values.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>()),
-            DType::I32 => panic!("weights are not converted to integers"),
+            DType::I32 | DType::I8 => panic!("weights are not converted to integers"),
         }
     }
 

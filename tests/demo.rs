@@ -119,6 +119,19 @@ fn answers_depend_on_the_picture() {
     assert!(blanked < 0.4, "{:.1} % are right about a blank picture", 100.0 * blanked);
 }
 
+/// A cache of 8 bits answers as one of f32, but for a word here and there.
+#[test]
+fn a_small_cache_remembers() {
+    let scenes = scenes();
+    let options =
+        EngineOptions { device: Device::Cpu, kv_dtype: Some(DType::I8), template: Some("hf".into()), ..Default::default() };
+    let mut engine = Engine::open(root().join("models/demo"), &options).unwrap();
+    let answers: Vec<_> = scenes.iter().map(|s| ask(&mut engine, s, &image(&fixture("demo").join(&s.image)))).collect();
+    let accuracy = accuracy(&scenes, &answers);
+    println!("int8 cache: {:.1} % exact", 100.0 * accuracy);
+    assert!(accuracy >= 0.95, "{:.1} % of the answers are exact", 100.0 * accuracy);
+}
+
 /// Weights of 8 bits leave the accuracy where it was (97.5 %); of 4 bits, in groups of 32, they cost next to none (96.9 %).
 #[test]
 fn quantized_models_see_too() {

@@ -7,7 +7,7 @@ mod support;
 use llava_engine::checked::Checked;
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
-use llava_engine::ops::{Heads, KvLayer, Ops, RopeTable, RowCopy, Span};
+use llava_engine::ops::{Heads, KvLayer, Ops, RopeTable, RowCopy, Span, kv};
 use llava_engine::tensor::Tensor;
 use reference::rows::{exact, naive_f32};
 use reference::{Errors, random};
@@ -214,8 +214,14 @@ impl Rope<'_> {
         let rope = RopeTable { cos: table(&cos), sin: table(&sin) };
         let shape = [Self::N_PAGES, n_kv_heads, self.page_tokens, d];
         let blank = vec![77.0; shape.iter().product()];
-        let cache = || device.ops.upload(Tensor::from_slice(&shape, &blank).converted(self.dtype)).unwrap();
-        let mut kv = KvLayer { k: cache(), v: cache() };
+        let is_i8 = self.dtype == DType::I8;
+        let up = |t: Tensor| device.ops.upload(t).unwrap();
+        let cache = || match is_i8 {
+            true => up(Tensor::from_slice(&shape, &vec![77i8; blank.len()])),
+            false => up(Tensor::from_slice(&shape, &blank).converted(self.dtype)),
+        };
+        let scale = || up(Tensor::from_slice(&shape[..3], &vec![1f32; blank.len() / d]));
+        let mut kv = KvLayer { k: cache(), v: cache(), scales: is_i8.then(|| [scale(), scale()]) };
         let before = device.round(&random(Self::ROWS * width, 13));
         let mut qkv = device.put(&[Self::ROWS, width], &before);
         device.ops.rope_append(&mut qkv, &mut kv, &rope, self.spans, self.heads).unwrap();
@@ -239,17 +245,22 @@ impl Rope<'_> {
                 for head in 0..n_kv_heads {
                     let slot = ((page * n_kv_heads + head) * self.page_tokens + position % self.page_tokens) * d;
                     let key = row + q_width + head * d;
-                    for i in 0..d {
-                        k[slot + i] = rounded(after[key + i], self.dtype);
-                        v[slot + i] = rounded(before[key + self.heads.kv_width() + i], self.dtype);
-                    }
+                    let stored = |x: &[f32], to: &mut [f32]| {
+                        let mut q = vec![0; d];
+                        let scale = kv::quantize(x, &mut q);
+                        let stored = |(x, q): (&f32, i8)| if is_i8 { scale * f32::from(q) } else { rounded(*x, self.dtype) };
+                        to.iter_mut().zip(x.iter().zip(q)).for_each(|(to, x)| *to = stored(x));
+                    };
+                    stored(&after[key..][..d], &mut k[slot..][..d]);
+                    stored(&before[key + self.heads.kv_width()..][..d], &mut v[slot..][..d]);
                 }
             }
         }
         check(device, &what, &turned, &exactly, &naively, Bound::abs(2e-6));
         assert!(after == rest, "{what}: values, or rows of no span, were touched");
-        assert!(device.get(&kv.k) == k, "{what}: keys");
-        assert!(device.get(&kv.v) == v, "{what}: values");
+        let kv = kv.map(|t| device.ops.to_host(t)).unwrap().to_f32();
+        assert!(kv.k.as_slice::<f32>() == k, "{what}: keys");
+        assert!(kv.v.as_slice::<f32>() == v, "{what}: values");
     }
 }
 
@@ -265,7 +276,8 @@ fn rope_append_rotates_in_place_and_fills_the_pages() {
     let by_one = [Span { first_row: 5, n_rows: 7, past: 2, pages: pages[2] }];
     let heads = |n_heads, n_kv_heads, head_dim| Heads { n_heads, n_kv_heads, head_dim };
     for device in devices() {
-        let dtypes = if device.name.starts_with("cpu") { vec![DType::F32, DType::F16, DType::Bf16] } else { vec![device.dtype] };
+        let dtypes =
+            if device.name.starts_with("cpu") { vec![DType::F32, DType::F16, DType::Bf16, DType::I8] } else { vec![device.dtype] };
         for dtype in dtypes {
             for heads in [heads(4, 2, 8), heads(1, 1, 16), heads(3, 1, 24), heads(2, 2, 80), heads(8, 8, 128)] {
                 Rope { heads, page_tokens: 4, dtype, spans: &by_fours }.check(&device);
@@ -279,7 +291,7 @@ fn rope_append_rotates_in_place_and_fills_the_pages() {
 fn rope_append_refuses_spans_without_room() {
     let heads = Heads { n_heads: 4, n_kv_heads: 2, head_dim: 8 };
     for device in devices() {
-        let mut kv = KvLayer { k: device.blank(&[5, 2, 4, 8]), v: device.blank(&[5, 2, 4, 8]) };
+        let mut kv = KvLayer { k: device.blank(&[5, 2, 4, 8]), v: device.blank(&[5, 2, 4, 8]), scales: None };
         let mut qkv = device.blank(&[12, heads.qkv_width()]);
         let table = |positions: usize| RopeTable {
             cos: device.put_f32(&[positions, 4], &vec![1.0; positions * 4]),
@@ -308,7 +320,7 @@ fn nothing_is_done_for_no_rows() {
         ops.patchify(&mut none(12), &device.put_f32(&[0, 3, 4, 4], &[]), 0..0, 2).unwrap();
         ops.clip_embed(&mut none(8), &none(8), &w, &device.put_f32(&[2, 8], &[0.0; 16])).unwrap();
         ops.copy_rows(&mut none(8), &none(8), &[]).unwrap();
-        let mut kv = KvLayer { k: device.blank(&[1, 1, 4, 8]), v: device.blank(&[1, 1, 4, 8]) };
+        let mut kv = KvLayer { k: device.blank(&[1, 1, 4, 8]), v: device.blank(&[1, 1, 4, 8]), scales: None };
         let rope = RopeTable { cos: device.put_f32(&[1, 4], &[1.0; 4]), sin: device.put_f32(&[1, 4], &[0.0; 4]) };
         ops.rope_append(&mut none(24), &mut kv, &rope, &[], heads).unwrap();
     }
@@ -338,7 +350,7 @@ fn kernels_are_not_launched_on_other_dtypes_or_host_tensors() {
         refused(ops.copy_rows(&mut there(&[4, 16], other), &there(&[4, 16], other), &[]), "dtype of dst");
         refused(ops.copy_rows(&mut host(), &own2(), &[]), "of the host");
         let heads = Heads { n_heads: 1, n_kv_heads: 1, head_dim: 8 };
-        let mut kv = KvLayer { k: there(&[1, 1, 4, 8], other), v: there(&[1, 1, 4, 8], other) };
+        let mut kv = KvLayer { k: there(&[1, 1, 4, 8], other), v: there(&[1, 1, 4, 8], other), scales: None };
         let rope = RopeTable { cos: there(&[4, 4], DType::F32), sin: there(&[4, 4], DType::F32) };
         refused(ops.rope_append(&mut there(&[4, 24], own), &mut kv, &rope, &[], heads), "dtype of key cache");
     }

@@ -147,9 +147,11 @@ impl Case {
         let spans: Vec<Span<'_>> = p.spans.iter().map(OwnedSpan::borrowed).collect();
         let mut out = device.put(&[p.n_rows, qw], &vec![SENTINEL; p.n_rows * qw]);
         let qkv = device.put(&[p.n_rows, self.heads.qkv_width()], &p.qkv);
-        let layer = self
-            .page_tokens
-            .map(|_| KvLayer { k: device.put(&p.cache_shape, &p.k_pages), v: device.put(&p.cache_shape, &p.v_pages) });
+        let layer = self.page_tokens.map(|_| KvLayer {
+            k: device.put(&p.cache_shape, &p.k_pages),
+            v: device.put(&p.cache_shape, &p.v_pages),
+            scales: None,
+        });
         let source = layer.as_ref().map_or(KvSource::Own, KvSource::Paged);
         device
             .ops
@@ -297,7 +299,7 @@ fn what_does_not_fit_is_refused() {
             let qkv = device.put(&[2, heads.qkv_width()], &vec![0.0; 2 * heads.qkv_width()]);
             let layer = cache_dtype.map(|dtype| {
                 let page = || device.ops.alloc(&[1, heads.n_kv_heads, 16, heads.head_dim], dtype).unwrap();
-                KvLayer { k: page(), v: page() }
+                KvLayer { k: page(), v: page(), scales: None }
             });
             let spans = [Span { first_row: 0, n_rows: 2, past, pages: &[0] }];
             let source = layer.as_ref().map_or(KvSource::Own, KvSource::Paged);

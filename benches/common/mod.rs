@@ -222,7 +222,7 @@ fn pages(context: usize) -> Vec<u32> {
 fn kv_layer(ops: &dyn Ops, heads: Heads, n_pages: usize, dtype: DType) -> KvLayer {
     let shape = [n_pages, heads.n_kv_heads, PAGE_TOKENS, heads.head_dim];
     let values = || ops.upload(Tensor::from_slice(&shape, &random(shape.iter().product())).converted(dtype)).unwrap();
-    KvLayer { k: values(), v: values() }
+    KvLayer { k: values(), v: values(), scales: None }
 }
 
 fn activations(ops: &dyn Ops, shape: &[usize]) -> Tensor {

@@ -13,7 +13,7 @@ use llava_engine::image::{ImageSource, Limits, RgbImage};
 use llava_engine::infer::lookup::MAX_DRAFT;
 use llava_engine::infer::sampler::SamplingOptions;
 use llava_engine::model::config::Profile;
-use llava_engine::ops::{ArithmeticPeak, Operands, Peaks};
+use llava_engine::ops::{ArithmeticPeak, Operands, Peaks, kv};
 
 /// Which model, where, and in what numbers.
 #[derive(clap::Args)]
@@ -30,6 +30,9 @@ pub struct ModelArgs {
     /// What it computes in: auto (as stored), f32, bf16 or f16
     #[arg(long, env = "LLAVA_DTYPE", default_value = "auto")]
     pub dtype: String,
+    /// What keys and values of the context are kept in: auto (what it computes in), f32, bf16, f16, or int8, which halves their memory
+    #[arg(long, env = "LLAVA_KV_CACHE_DTYPE", default_value = "auto", value_name = "DTYPE")]
+    pub kv_cache_dtype: String,
     /// CPU threads; 0 for as many as the machine has
     #[arg(long, env = "LLAVA_THREADS", default_value_t = 0, value_name = "N")]
     pub threads: usize,
@@ -66,6 +69,7 @@ impl ModelArgs {
         Ok(EngineOptions {
             device: self.device.parse::<Device>()?,
             dtype,
+            kv_dtype: kv::dtype(&self.kv_cache_dtype)?,
             threads: self.threads,
             model_base: self.model_base.clone(),
             profile: profile.transpose()?,

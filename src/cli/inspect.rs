@@ -52,7 +52,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     let total =
         parts.values().fold(Part::default(), |a, b| Part { parameters: a.parameters + b.parameters, bytes: a.bytes + b.bytes });
-    let kv_dtype = options.dtype.unwrap_or(checkpoint.dtype);
+    let kv_dtype = options.kv_dtype.or(options.dtype).unwrap_or(checkpoint.dtype);
     let (kv_token, kv_context) = (kv_bytes(config, kv_dtype, 1), kv_bytes(config, kv_dtype, config.context_tokens));
     if args.json {
         let tensors = args.tensors.then(|| {

@@ -1,4 +1,5 @@
-//! Attention: out = softmax(q·Kᵀ/√head_dim)·V for each head, in f32 over a cache in f32, bf16 or f16.
+//! Attention: out = softmax(q·Kᵀ/√head_dim)·V for each head, in f32 over a cache in f32, bf16, f16, or 8 bits with
+//! scales: those of keys multiply scores, those of values probabilities.
 //!
 //! Spans of more than [`DECODE_ROWS`] rows go in blocks with an online softmax ([`blocks`](super::attention_blocks): Dao et al.,
 //! arXiv 2205.14135), whose products are those of the linear layer; spans of fewer stream K and V once
@@ -13,6 +14,7 @@ use super::simd::{Isa, Stored};
 use super::{attention_blocks, attention_decode};
 use crate::dtype::DType;
 use crate::ops::{Heads, KvSource, Span};
+use crate::tensor::Tensor;
 
 /// The most rows of a span that are bound by reading the cache.
 pub const DECODE_ROWS: usize = 4;
@@ -34,8 +36,8 @@ pub(super) struct Attention<'a> {
 pub(super) enum Kv<'a, E> {
     /// In the rows of `qkv`.
     Own(&'a [E]),
-    /// In pages `[n_pages, n_kv_heads, page_tokens, head_dim]`.
-    Paged { k: &'a [E], v: &'a [E], page_tokens: usize },
+    /// In pages `[n_pages, n_kv_heads, page_tokens, head_dim]`, with scales `[n_pages, n_kv_heads, page_tokens]` if they are integers.
+    Paged { k: &'a [E], v: &'a [E], page_tokens: usize, scales: Option<[&'a [f32]; 2]> },
 }
 
 /// The queries that use one key and value head of a span, stacked: query q is that of row `q / group`.
@@ -86,12 +88,27 @@ impl<'a> Stack<'a> {
                 let k = heads.q_width() + self.kv_head * d;
                 (&row[k..][..d], &row[k + heads.kv_width()..][..d])
             }
-            Kv::Paged { k, v, page_tokens } => {
-                let page = self.span.pages[token / page_tokens] as usize;
-                let at = ((page * heads.n_kv_heads + self.kv_head) * page_tokens + token % page_tokens) * d;
+            Kv::Paged { k, v, page_tokens, .. } => {
+                let at = self.slot(page_tokens, token) * d;
                 (&k[at..][..d], &v[at..][..d])
             }
         }
+    }
+
+    /// Which of the cache's rows of `head_dim` elements is that of position `token`.
+    fn slot(&self, page_tokens: usize, token: usize) -> usize {
+        let page = self.span.pages[token / page_tokens] as usize;
+        (page * self.op.heads.n_kv_heads + self.kv_head) * page_tokens + token % page_tokens
+    }
+
+    /// Writes the scales of keys and of values from position `token` on, if there are any; whether there are.
+    pub fn scales<E>(&self, kv: Kv<'_, E>, token: usize, k_scales: &mut [f32], v_scales: &mut [f32]) -> bool {
+        let Kv::Paged { scales: Some([k, v]), page_tokens, .. } = kv else { return false };
+        for (i, (k_scale, v_scale)) in k_scales.iter_mut().zip(v_scales).enumerate() {
+            let slot = self.slot(page_tokens, token + i);
+            (*k_scale, *v_scale) = (k[slot], v[slot]);
+        }
+        true
     }
 }
 
@@ -122,7 +139,8 @@ pub fn attention(
             let page_tokens = layer.page_tokens();
             macro_rules! of {
                 ($E:ty) => {{
-                    let kv = Kv::Paged { k: layer.k.as_slice::<$E>(), v: layer.v.as_slice::<$E>(), page_tokens };
+                    let scales = layer.scales.as_ref().map(|scales| scales.each_ref().map(Tensor::as_slice));
+                    let kv = Kv::Paged { k: layer.k.as_slice::<$E>(), v: layer.v.as_slice::<$E>(), page_tokens, scales };
                     attention_of(isa, pool, out, qkv, kv, spans, heads, causal)
                 }};
             }
@@ -130,9 +148,18 @@ pub fn attention(
                 DType::F32 => of!(f32),
                 DType::Bf16 => of!(bf16),
                 DType::F16 => of!(f16),
-                DType::I32 => panic!("keys are not integers"),
+                DType::I8 => of!(i8),
+                DType::I32 => panic!("keys are not integers of 32 bits"),
             }
         }
+    }
+}
+
+/// row\[i\] *= scales\[i\]
+#[inline(always)]
+pub(super) fn scale(row: &mut [f32], scales: &[f32]) {
+    for (x, s) in row.iter_mut().zip(scales) {
+        *x *= s;
     }
 }
 

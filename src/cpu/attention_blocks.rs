@@ -11,7 +11,7 @@
 
 #![allow(clippy::needless_range_loop)] // lanes, rows and columns are indexed alike, and unrolled
 
-use super::attention::{Attention, Kv, Stack};
+use super::attention::{Attention, Kv, Stack, scale};
 use super::pool::Pool;
 use super::scratch::{carve, padded, with_scratch};
 use super::simd::{self, Isa, Kernel, MAX_LANES, NV, Simd, Stored};
@@ -62,6 +62,10 @@ struct Work<'a> {
     max: &'a mut [f32],
     sum: &'a mut [f32],
     alpha: &'a mut [f32],
+    /// `[KEYS]`: of keys and of values, if they have any.
+    k_scales: &'a mut [f32],
+    v_scales: &'a mut [f32],
+    is_scaled: bool,
 }
 
 impl Task<'_> {
@@ -70,10 +74,10 @@ impl Task<'_> {
         let n = self.end - self.first;
         // Room for whole tiles of any instruction set.
         let (rows, width) = (n + MAX_ROWS, d.next_multiple_of(NV * MAX_LANES));
-        let sizes = [rows * d, KEYS * d, KEYS * width, rows * KEYS, rows * width, rows, rows, rows];
+        let sizes = [rows * d, KEYS * d, KEYS * width, rows * KEYS, rows * width, rows, rows, rows, KEYS, KEYS];
         with_scratch(sizes.iter().map(|&len| padded(len)).sum(), |mut rest| {
-            let [q, k, v, s, o, max, sum, alpha] = sizes.map(|len| carve(&mut rest, len));
-            let mut work = Work { q, k, v, s, o, max, sum, alpha };
+            let [q, k, v, s, o, max, sum, alpha, k_scales, v_scales] = sizes.map(|len| carve(&mut rest, len));
+            let mut work = Work { q, k, v, s, o, max, sum, alpha, k_scales, v_scales, is_scaled: false };
             for i in 0..n {
                 work.q[i * d..][..d].copy_from_slice(stack.query(self.first + i));
             }
@@ -121,6 +125,7 @@ impl<E: Stored> Kernel for Pack<'_, '_, E> {
             let (k, v) = stack.key_value(kv, key + i);
             (k_rows[i], v_rows[i]) = (k.as_ptr(), v.as_ptr());
         }
+        work.is_scaled = stack.scales(kv, key, &mut work.k_scales[..n_keys], &mut work.v_scales[..n_keys]);
         for (rows, panel) in k_rows[..n_keys].chunks(S::NR).zip(work.k.chunks_exact_mut(d * S::NR)) {
             // SAFETY: the instructions are there, says the caller; keys have d elements, and the panel has room for them.
             unsafe { pack_columns::<S, E>(panel.as_mut_ptr(), rows, d) };
@@ -163,8 +168,14 @@ impl Kernel for Block<'_, '_> {
             for i in 0..n {
                 let n_visible = stack.visible(first + i).saturating_sub(key).min(n_keys);
                 let row = &mut work.s[i * KEYS..][..KEYS];
+                if work.is_scaled {
+                    scale(&mut row[..n_keys], work.k_scales);
+                }
                 let (max, alpha, sum) = softmax::<S>(row, n_visible, n_keys, stack.op.scale, work.max[i]);
                 (work.max[i], work.alpha[i], work.sum[i]) = (max, alpha, work.sum[i] * alpha + sum);
+                if work.is_scaled {
+                    scale(&mut row[..n_keys], work.v_scales);
+                }
             }
             for j in (0..d).step_by(S::NR) {
                 for i in (0..n).step_by(S::MR) {

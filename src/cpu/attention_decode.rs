@@ -11,7 +11,7 @@
 
 #![allow(clippy::needless_range_loop)] // lanes, rows and columns are indexed alike, and unrolled
 
-use super::attention::{Attention, Kv, Stack};
+use super::attention::{Attention, Kv, Stack, scale};
 use super::attention_blocks::softmax;
 use super::pool::Disjoint;
 use super::pool::Pool;
@@ -118,6 +118,8 @@ impl<E: Stored> Kernel for Stream<'_, E> {
                 let (k, v) = stack.key_value(kv, key + i);
                 *row = (k.as_ptr(), v.as_ptr());
             }
+            let (mut k_scales, mut v_scales) = ([1.0; KEYS], [1.0; KEYS]);
+            let is_scaled = stack.scales(kv, key, &mut k_scales[..n_keys], &mut v_scales[..n_keys]);
             // SAFETY: the instructions are there, says the caller; keys and values have d elements.
             unsafe {
                 let mut first = 0;
@@ -130,8 +132,14 @@ impl<E: Stored> Kernel for Stream<'_, E> {
                 }
                 for (q, (partial, scores)) in partials.chunks_mut(partial_len(d)).zip(scores.chunks_mut(KEYS)).enumerate() {
                     let n_visible = stack.visible(q).saturating_sub(key).min(n_keys);
+                    if is_scaled {
+                        scale(&mut scores[..n_keys], &k_scales);
+                    }
                     let (max, alpha, sum) = softmax::<S>(scores, n_visible, n_keys, stack.op.scale, partial[d]);
                     (partial[d], partial[d + 1]) = (max, partial[d + 1] * alpha + sum);
+                    if is_scaled {
+                        scale(&mut scores[..n_keys], &v_scales);
+                    }
                     for j in (0..d).step_by(OUT_VECTORS * S::LANES) {
                         add_values::<S, E>(&mut partial[j..d], alpha, &scores[..n_keys], &rows[..n_keys], j);
                     }

@@ -27,7 +27,7 @@ pub fn embed(y: &mut [f32], table: &Tensor, ids: &[u32]) {
             DType::F32 => y.copy_from_slice(&table.as_slice::<f32>()[row]),
             DType::F16 => table.as_slice::<half::f16>()[row].convert_to_f32_slice(y),
             DType::Bf16 => table.as_slice::<half::bf16>()[row].convert_to_f32_slice(y),
-            DType::I32 => unreachable!("weights are floating-point"),
+            DType::I32 | DType::I8 => unreachable!("weights are floating-point"),
         }
     }
 }

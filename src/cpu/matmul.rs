@@ -120,7 +120,7 @@ pub(super) fn linear(isa: Isa, pool: &Pool, out: Output<'_>, x: &[f32], tokens: 
         DType::F32 => linear_of::<f32>(isa, pool, out, x, tokens, parts),
         DType::Bf16 => linear_of::<bf16>(isa, pool, out, x, tokens, parts),
         DType::F16 => linear_of::<f16>(isa, pool, out, x, tokens, parts),
-        DType::I32 => panic!("weights are not integers"),
+        DType::I32 | DType::I8 => panic!("weights are not integers"),
     }
 }
 

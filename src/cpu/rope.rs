@@ -4,7 +4,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::pool::Pool;
 use crate::dtype::DType;
-use crate::ops::{Heads, KvLayer, RopeTable, Span};
+use crate::ops::{Heads, KvLayer, RopeTable, Span, kv};
 use crate::tensor::Tensor;
 
 /// (a, b) ← (a·cos − b·sin, b·cos + a·sin) for the pairs (x_i, x_{i + d/2}) of one head.
@@ -15,19 +15,23 @@ fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
-/// Rounds `values` into the elements of `cache` that start at `offset`.
-fn store(cache: &mut Tensor, offset: usize, values: &[f32]) {
-    let range = offset..offset + values.len();
+/// Rounds `values` into row `slot` of `cache`, with a scale of their own if it has scales.
+fn store(cache: &mut Tensor, scales: Option<&mut Tensor>, slot: usize, values: &[f32]) {
+    let range = slot * values.len()..(slot + 1) * values.len();
     match cache.dtype() {
         DType::F32 => cache.as_mut_slice::<f32>()[range].copy_from_slice(values),
         DType::F16 => cache.as_mut_slice::<half::f16>()[range].convert_from_f32_slice(values),
         DType::Bf16 => cache.as_mut_slice::<half::bf16>()[range].convert_from_f32_slice(values),
-        DType::I32 => unreachable!("the cache is floating-point"),
+        DType::I8 => {
+            let scales = scales.expect("a cache of integers has scales: the op was checked");
+            scales.as_mut_slice::<f32>()[slot] = kv::quantize(values, &mut cache.as_mut_slice::<i8>()[range]);
+        }
+        DType::I32 => unreachable!("the cache is floating-point, or of 8 bits"),
     }
 }
 
 /// Rotates queries and keys in place by the position of their row, then writes keys and values to their pages.
-pub fn rope_append(pool: &Pool, qkv: &mut [f32], kv: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) {
+pub fn rope_append(pool: &Pool, qkv: &mut [f32], cache: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) {
     let (width, dim, half) = (heads.qkv_width(), heads.head_dim, heads.head_dim / 2);
     let rotated = heads.q_width() + heads.kv_width();
     let (cos, sin) = (rope.cos.as_slice::<f32>(), rope.sin.as_slice::<f32>());
@@ -41,16 +45,17 @@ pub fn rope_append(pool: &Pool, qkv: &mut [f32], kv: &mut KvLayer, rope: &RopeTa
                 }
             }
         });
-        let page_tokens = kv.page_tokens();
+        let page_tokens = cache.page_tokens();
         for (i, row) in rows.chunks_exact(width).enumerate() {
             let position = span.past + i;
             let page = span.pages[position / page_tokens] as usize;
             for head in 0..heads.n_kv_heads {
-                let slot = ((page * heads.n_kv_heads + head) * page_tokens + position % page_tokens) * dim;
+                let slot = (page * heads.n_kv_heads + head) * page_tokens + position % page_tokens;
+                let [k_scales, v_scales] = cache.scales.as_mut().map_or([None, None], |[k, v]| [Some(k), Some(v)]);
                 let key = heads.q_width() + head * dim;
-                store(&mut kv.k, slot, &row[key..key + dim]);
+                store(&mut cache.k, k_scales, slot, &row[key..key + dim]);
                 let value = key + heads.kv_width();
-                store(&mut kv.v, slot, &row[value..value + dim]);
+                store(&mut cache.v, v_scales, slot, &row[value..value + dim]);
             }
         }
     }

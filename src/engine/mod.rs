@@ -40,6 +40,9 @@ pub struct EngineOptions {
     pub device: Device,
     /// What it computes in; `None` takes what the checkpoint stores.
     pub dtype: Option<DType>,
+    /// What keys and values are kept in: f32, f16, bf16, or i8 with a scale for each token and head, which halves a context's memory;
+    /// `None` takes what it computes in.
+    pub kv_dtype: Option<DType>,
     /// CPU threads; 0 for as many as the machine has.
     pub threads: usize,
     /// The language model that an `mm_projector.bin` was trained for.
@@ -117,7 +120,7 @@ impl Engine {
         let mut eos_token_ids = checkpoint.config.eos_token_ids.clone();
         eos_token_ids.extend(tokenizer.eos().filter(|id| !checkpoint.config.eos_token_ids.contains(id)));
         Ok(Self {
-            runner: Runner::new(ops, model, compute, options.n_contexts.max(1))?,
+            runner: Runner::new(ops, model, options.kv_dtype.unwrap_or(compute), options.n_contexts.max(1))?,
             tokenizer,
             style: match profile {
                 Profile::Hf => Style::Hf,

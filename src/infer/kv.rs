@@ -26,8 +26,7 @@ impl KvCache {
     /// Room for `tokens` tokens. Memory is reserved, and taken page by page when first written.
     pub fn new(ops: &dyn Ops, n_layers: usize, heads: Heads, tokens: usize, dtype: DType) -> Result<Self> {
         let n_pages = tokens.div_ceil(PAGE_TOKENS);
-        let shape = [n_pages, heads.n_kv_heads, PAGE_TOKENS, heads.head_dim];
-        let layer = |_| Ok(KvLayer { k: ops.alloc(&shape, dtype)?, v: ops.alloc(&shape, dtype)? });
+        let layer = |_| KvLayer::new(ops, n_pages, PAGE_TOKENS, heads, dtype);
         let free = (0..u32::try_from(n_pages).map_err(|_| Error::usage("the context is too long"))?).rev().collect();
         Ok(Self { layers: (0..n_layers).map(layer).collect::<Result<_>>()?, free: Arc::new(Mutex::new(free)) })
     }
@@ -44,7 +43,7 @@ impl KvCache {
 
     /// Bytes that one token takes in all layers.
     pub fn bytes_per_token(n_layers: usize, heads: Heads, dtype: DType) -> usize {
-        2 * n_layers * heads.kv_width() * dtype.size()
+        n_layers * KvLayer::bytes_per_token(heads, dtype)
     }
 }
 

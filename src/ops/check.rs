@@ -167,5 +167,12 @@ fn cache(op: &'static str, kv: &KvLayer, heads: Heads) -> Result<()> {
     let expected = [kv.k.rows(), heads.n_kv_heads, kv.k.shape().get(2).copied().unwrap_or(0), heads.head_dim];
     kv.k.expect(op, "key cache", &expected)?;
     kv.v.expect(op, "value cache", &expected)?;
-    dtype(op, "value cache", &kv.v, kv.k.dtype())
+    dtype(op, "value cache", &kv.v, kv.k.dtype())?;
+    if kv.scales.is_some() != (kv.k.dtype() == DType::I8) {
+        return Err(Error::shape(op, "scales of the cache", "some for i8, else none", (&kv.k, &kv.scales)));
+    }
+    kv.scales.iter().flatten().try_for_each(|scales| {
+        scales.expect(op, "scales of the cache", &expected[..3])?;
+        dtype(op, "scales of the cache", scales, DType::F32)
+    })
 }

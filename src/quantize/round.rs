@@ -147,7 +147,7 @@ fn read(matrix: &Tensor, start: usize, to: &mut [f32]) {
             .iter_mut()
             .zip(&matrix.as_slice::<half::bf16>()[range])
             .for_each(|(to, x)| *to = f32::from_bits(u32::from(x.to_bits()) << 16)),
-        DType::I32 => panic!("weights are not integers"),
+        DType::I32 | DType::I8 => panic!("weights are not integers"),
     }
 }
 

@@ -290,6 +290,7 @@ fn bytes_of(tensor: &mut Tensor) -> &mut [u8] {
         DType::F16 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<half::f16>()),
         DType::Bf16 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<half::bf16>()),
         DType::I32 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<i32>()),
+        DType::I8 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<i8>()),
     }
 }
 

@@ -112,6 +112,7 @@ fn stored(dtype: DType) -> Dtype {
         DType::F16 => Dtype::F16,
         DType::Bf16 => Dtype::BF16,
         DType::I32 => Dtype::I32,
+        DType::I8 => Dtype::I8,
     }
 }
 

@@ -143,7 +143,7 @@ fn make_up(args: &Args, Weights { dtype, recipe }: Weights, options: &EngineOpti
     }
     let model = Llava::load(&*ops, &config, &Random::packed(dtype, recipe), ops.weight_dtype())?;
     let records = records.ok_or_else(|| Error::usage("the device keeps no records"))?;
-    let runner = Runner::new(ops, model, dtype, options.n_contexts)?;
+    let runner = Runner::new(ops, model, options.kv_dtype.unwrap_or(dtype), options.n_contexts)?;
     let load_ms = start.elapsed().as_secs_f64() * 1e3;
     Ok(Subject { name: name.to_owned(), runner, records, stored: dtype, load_ms })
 }

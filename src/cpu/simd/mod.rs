@@ -67,6 +67,8 @@ pub trait Simd: Copy + 'static {
     unsafe fn load_bf16(p: *const half::bf16) -> Self::V;
     /// LANES f16, widened
     unsafe fn load_f16(p: *const half::f16) -> Self::V;
+    /// LANES integers as f32
+    unsafe fn load_i8(p: *const i8) -> Self::V;
     /// a + b
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     /// a − b
@@ -166,6 +168,14 @@ impl Stored for half::bf16 {
     unsafe fn load<S: Simd>(p: *const Self) -> S::V {
         // SAFETY: the caller's.
         unsafe { S::load_bf16(p) }
+    }
+}
+
+impl Stored for i8 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::load_i8(p) }
     }
 }
 
@@ -374,6 +384,8 @@ mod tests {
                 let hf: Vec<half::f16> = x.iter().map(|&x| half::f16::from_f32(x * 1e-6)).collect();
                 expect("load_bf16", S::load_bf16(bf.as_ptr()), &|i| bf[i].to_f32());
                 expect("load_f16", S::load_f16(hf.as_ptr()), &|i| hf[i].to_f32());
+                let ints: [i8; MAX_LANES] = std::array::from_fn(|i| (i * 37) as i8);
+                expect("load_i8", S::load_i8(ints.as_ptr()), &|i| f32::from(ints[i]));
                 let whole: Vec<f32> = (0..64).map(|i| (i * i) as f32).collect();
                 let v = S::load(whole.as_ptr());
                 assert_eq!(S::reduce_add(v), whole[..S::LANES].iter().sum::<f32>(), "reduce_add");

@@ -76,6 +76,12 @@ impl<const L: usize, const DOT: bool> Simd for Scalar<L, DOT> {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::V {
+        // SAFETY: LANES elements can be read.
+        unsafe { p.cast::<[i8; L]>().read() }.map(f32::from)
+    }
+
+    #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
         map2(a, b, |a, b| a + b)
     }
