@@ -22,11 +22,13 @@ use crate::ops::Span;
 /// Tokens of the context in a task.
 const CHUNK: usize = 512;
 /// Tokens whose scores are computed before their values are read.
-const KEYS: usize = 128;
+const KEYS: usize = 64;
 /// Queries that meet a key while it is in registers.
 const QUERIES: usize = 4;
 /// Vectors of an output row that are summed at a time.
-const OUT_VECTORS: usize = 4;
+const OUT_VECTORS: usize = 8;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Attention of these spans.
 pub fn attend<E: Stored>(isa: Isa, pool: &Pool, op: &Attention<'_>, kv: Kv<'_, E>, spans: &[&Span<'_>]) {
@@ -163,9 +165,13 @@ unsafe fn dots<S: Simd, E: Stored, const Q: usize>(
     let d = stack.op.heads.head_dim;
     let queries: [*const f32; Q] = std::array::from_fn(|q| stack.query(first + q).as_ptr());
     let whole = d - d % S::LANES;
-    for (i, &(k, _)) in rows.iter().enumerate() {
+    for (i, &(k, v)) in rows.iter().enumerate() {
         // SAFETY: the caller's; queries have d elements too.
         unsafe {
+            // Values are read a part of each row at a time, which no core foresees: whole rows of them come while keys are read.
+            for line in (0..d * size_of::<E>()).step_by(LINE) {
+                S::prefetch(v.cast::<u8>().wrapping_add(line));
+            }
             let mut acc = [S::splat(0.0); Q];
             for j in (0..whole).step_by(S::LANES) {
                 let k = E::load::<S>(k.add(j));
