@@ -96,7 +96,7 @@ fn metadata_becomes_a_configuration() {
     assert_eq!((old.config.preprocess.fit, new.config.preprocess.fit), (Fit::Pad, Fit::Crop));
     let text = &new.config.text;
     assert_eq!((text.n_heads, text.n_kv_heads, text.rope_theta, text.tie_word_embeddings), (4, 2, 1e6, false));
-    assert_eq!(text.rope_scaling, RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(text.rope_scaling, RopeScaling::Divisors(vec![2.0; 4]));
     assert_eq!(new.config.projector, ProjectorConfig::Mlp { n_linear: 2, activation: Activation::Gelu });
     assert_eq!((new.config.vision.activation, new.config.eos_token_ids.as_slice()), (Activation::QuickGelu, &[2][..]));
     let layout = old.layout.to_string();

@@ -6,7 +6,8 @@ use std::fs;
 use std::path::Path;
 
 use llava_engine::error::Error;
-use llava_engine::model::checkpoint::Checkpoint;
+use llava_engine::model::checkpoint::{Beside, Checkpoint};
+use llava_engine::model::config::RopeScaling;
 use llava_engine::text::Tokenizer;
 use llava_engine::weights::gguf::{Gguf, Header};
 use llava_engine::weights::names::Part;
@@ -273,7 +274,7 @@ fn metadata_that_is_wrong_or_unsupported_is_refused_by_key() {
                 edited(&fixture("gguf/mha_q").join(name), &dir.path().join(name), changed);
             }
             let (model, mmproj) = (dir.path().join("model.gguf"), dir.path().join("mmproj.gguf"));
-            let beside = llava_engine::model::checkpoint::Beside { model_base: None, mmproj: Some(&mmproj) };
+            let beside = Beside { model_base: None, mmproj: Some(&mmproj) };
             let error = Checkpoint::open(&model, beside).map(|c| c.layout.to_string()).unwrap_err();
             assert!(matches!(error, Error::File { .. } | Error::Unsupported(_)), "{key}: {error:?}");
             let error = error.to_string();
@@ -281,6 +282,37 @@ fn metadata_that_is_wrong_or_unsupported_is_refused_by_key() {
             assert!(error.contains(key) && error.contains(file) && !error.contains('\n'), "{key} = {value:?}: {error}");
         }
     }
+}
+
+#[test]
+fn rotary_scaling_is_read_from_either_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, tower) = (dir.path().join("model.gguf"), fixture("gguf/mha_q/mmproj.gguf"));
+    let scaling = |model: &Path| {
+        let beside = Beside { model_base: None, mmproj: Some(&tower) };
+        Checkpoint::open(model, beside).map(|c| c.config.text.rope_scaling)
+    };
+    let with = |keys: &[(&str, Value)]| {
+        edited(&fixture("gguf/mha_q/model.gguf"), &model, |metadata| {
+            metadata.extend(keys.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+        });
+        scaling(&model)
+    };
+    let linear = [("llama.rope.scaling.type", json!("linear")), ("llama.rope.scaling.factor", json!(2.5))];
+    assert_eq!(with(&linear).unwrap(), RopeScaling::Linear { factor: 2.5 });
+    assert_eq!(with(&[("llama.rope.scale_linear", json!(1.5))]).unwrap(), RopeScaling::Linear { factor: 1.5 });
+    assert_eq!(with(&[("llama.rope.scaling.type", json!("none"))]).unwrap(), RopeScaling::None);
+    edited(&fixture("gguf/gqa_bf16/model.gguf"), &model, |_| {});
+    assert_eq!(scaling(&model).unwrap(), RopeScaling::Divisors(vec![2.0; 4]));
+    edited(&fixture("gguf/gqa_bf16/model.gguf"), &model, |metadata| {
+        metadata.extend(linear.clone().map(|(k, v)| (k.to_owned(), v)))
+    });
+    assert!(scaling(&model).unwrap_err().to_string().contains("rope_freqs.weight"));
+    let mut bytes = fs::read(fixture("gguf/gqa_bf16/model.gguf")).unwrap();
+    let at = Header::parse(&bytes).unwrap().tensors.into_iter().find(|t| t.name == "rope_freqs.weight").unwrap().offset;
+    bytes[at..at + 4].copy_from_slice(&(-2.0f32).to_le_bytes());
+    fs::write(&model, bytes).unwrap();
+    assert!(scaling(&model).unwrap_err().to_string().contains("other numbers than positive ones"));
 }
 
 #[test]

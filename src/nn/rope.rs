@@ -70,3 +70,21 @@ pub fn rope_table(ops: &dyn Ops, n_positions: usize, head_dim: usize, theta: f32
     let table = |f: fn(f32) -> f32| ops.upload(Tensor::from_slice(&[n_positions, half], &angles().map(f).collect::<Vec<_>>()));
     Ok(RopeTable { cos: table(f32::cos)?, sin: table(f32::sin)? })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// llama.cpp's converter writes Llama 3.1's stretching as its divisors.
+    #[test]
+    fn divisors_say_what_another_stretching_came_to() {
+        let llama3 = RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 128 };
+        let frequencies = [1.0, 0.1, 0.03, 0.01, 0.001f32];
+        let divisors: Vec<f32> = frequencies.iter().map(|f| f / llama3.stretch(0, *f)).collect();
+        assert!(divisors.windows(2).any(|d| d[0] != d[1]), "{divisors:?}");
+        let by_divisors = RopeScaling::Divisors(divisors);
+        for (i, f) in frequencies.into_iter().enumerate() {
+            assert!((by_divisors.stretch(i, f) / llama3.stretch(i, f) - 1.0).abs() < 1e-6);
+        }
+    }
+}

@@ -3,7 +3,8 @@
     python make_gguf.py        after make_checkpoints.py
 
 Writes tests/fixtures/gguf/:
-- mha_f32/, gqa_bf16/: the weights of orig_mha_f32 and orig_gqa_bf16, bit for bit; the former's mmproj as files of before 2025 are.
+- mha_f32/, gqa_bf16/: the weights of orig_mha_f32 and orig_gqa_bf16, bit for bit; the former's mmproj as files of before 2025 are, the
+  latter's linear stretching of frequencies as the tensor `rope_freqs`.
 - mha_q/: the former's in Q4_0, Q8_0 and F16, with `dense.safetensors`: what `gguf.quants.dequantize` makes of them, as a checkpoint
   of the original layout has it.
 - blocks.gguf, blocks.safetensors: random blocks of the K types, and what `gguf.quants.dequantize` makes of them.
@@ -132,8 +133,8 @@ def write_text(path, config, weights, kinds):
     w.add_rope_dimension_count(config["hidden_size"] // n_heads)
     w.add_vocab_size(config["vocab_size"])
     if scaling := config.get("rope_scaling"):
-        w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        w.add_rope_scaling_factor(scaling["factor"])
+        # Linear stretching, in the way in which converters write the others: a divisor for each frequency.
+        file.tensor("rope_freqs.weight", torch.full((config["hidden_size"] // n_heads // 2,), scaling["factor"]))
     vocabulary = pieces(FIXTURES / "tokenizer" / "tokenizer.model")
     w.add_tokenizer_model("llama")
     w.add_token_list([text for text, _, _ in vocabulary])
