@@ -206,10 +206,12 @@ fn q4_k_is_packed_with_offsets_within_its_bound() {
 }
 
 #[test]
-fn q6_k_is_rounded_to_8_bits_by_half_a_step_at_most() {
+fn what_has_no_equal_is_rounded_to_8_bits_by_half_a_step_at_most() {
     let (store, expected) = blocks();
     for (module, name, n, k) in [
         ("llama.layers.0.mlp.down_proj", "blk.0.ffn_down.weight", 19, 512),
+        ("llama.layers.1.mlp.down_proj", "blk.1.ffn_down.weight", 19, 512), // Q5_K
+        ("llama.layers.1.mlp.up_proj", "blk.1.ffn_up.weight", 19, 96),      // Q5_1
         ("llama.layers.0.self_attn.k_proj", "blk.0.attn_k.weight", 16, 256),
         ("llama.lm_head", "output.weight", 5, 256),
     ] {
@@ -231,10 +233,24 @@ fn q6_k_is_rounded_to_8_bits_by_half_a_step_at_most() {
 #[test]
 fn other_blocks_of_more_rows_than_a_tile_are_exact() {
     let (store, expected) = blocks();
-    for (module, name) in
-        [("llama.layers.0.mlp.up_proj", "blk.0.ffn_up.weight"), ("llama.layers.0.mlp.gate_proj", "blk.0.ffn_gate.weight")]
-    {
-        assert!(packed_block(&store, module, 19, 96).to_f32() == expected[name], "{module}");
+    for (module, name, bits, has_offsets) in [
+        ("llama.layers.0.mlp.up_proj", "blk.0.ffn_up.weight", 4, false),
+        ("llama.layers.0.mlp.gate_proj", "blk.0.ffn_gate.weight", 8, false),
+        ("llama.layers.1.self_attn.v_proj", "blk.1.attn_v.weight", 4, true), // Q4_1
+        ("llama.layers.1.self_attn.o_proj", "blk.1.attn_output.weight", 8, false), // Q5_0
+    ] {
+        let packed = packed_block(&store, module, 19, 96);
+        assert_eq!(packed.format(), Format { bits, group: 32, has_offsets }, "{module}");
+        assert!(packed.to_f32() == expected[name], "{module}");
+    }
+    // Whatever it is in, a tensor may be asked for dense.
+    for entry in store.entries() {
+        let dense = store.tensor(entry.canonical.as_ref().unwrap(), &entry.shape).unwrap().to_f32();
+        let expected = match entry.source.as_str() {
+            name @ ("blk.0.attn_q.weight" | "blk.0.attn_k.weight") => unpaired(&expected[name], entry.shape[1]),
+            name => expected[name].clone(),
+        };
+        assert!(dense.iter().zip(expected).all(|(got, w)| *got == f16::from_f32(w).to_f32()), "{}", entry.source);
     }
     // The embedding is read a row at a time: dense, whatever it is in.
     let embedding = store.tensor("llama.embed_tokens.weight", &[5, 256]).unwrap();

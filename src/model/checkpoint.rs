@@ -23,6 +23,7 @@ use super::keys::Keys;
 use super::quantized::{self, Quantization};
 pub use super::quantized::{QUANT_METHOD, QUANT_VERSION};
 use super::{config_json, preprocess_json};
+use crate::weights::blocks::SUPPORTED;
 use crate::weights::qweight::Scheme;
 
 /// An opened checkpoint. Its weights are mapped, not read.
@@ -301,7 +302,7 @@ fn check_decoder(path: &Path, weights: &Store) -> Result<DType> {
         Some(other) => Err(Error::tensor(
             name,
             path,
-            format!("is stored as {other}: weights are f32, f16 or bf16, or of GGUF's types Q4_0, Q8_0, Q4_K and Q6_K"),
+            format!("is stored as {other}: weights are f32, f16 or bf16, or of GGUF's types {SUPPORTED}"),
         )),
         None if weights.has_part(Part::Clip) => Err(Error::file(path, "a vision tower without a decoder: not a whole LLaVA")),
         None => Err(Error::file(path, "its weight files hold no decoder under any known name")),

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use memmap2::Mmap;
 use serde_json::{Map, Number, Value};
 
-use super::blocks::BlockType;
+use super::blocks::{BlockType, SUPPORTED};
 use super::{Located, Order, StoredDType};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -265,9 +265,8 @@ impl<'a> Cursor<'a> {
             28 => integers("f64", 64),
             _ => BlockType::of_ggml(number).map(StoredDType::Blocks),
         };
-        let dtype = dtype.ok_or_else(|| {
-            format!("is of the ggml type {number}, which is unknown: f32, f16, bf16, Q4_0, Q8_0, Q4_K and Q6_K are read")
-        })?;
+        let dtype =
+            dtype.ok_or_else(|| format!("is of the ggml type {number}, which is unknown: f32, f16, bf16, {SUPPORTED} are read"))?;
         if let StoredDType::Blocks(block) = &dtype
             && !shape.last().is_some_and(|k| k.is_multiple_of(block.weights))
         {

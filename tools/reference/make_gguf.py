@@ -7,7 +7,7 @@ Writes tests/fixtures/gguf/:
   latter's linear stretching of frequencies as the tensor `rope_freqs`.
 - mha_q/: the former's in Q4_0, Q8_0 and F16, with `dense.safetensors`: what `gguf.quants.dequantize` makes of them, as a checkpoint
   of the original layout has it.
-- blocks.gguf, blocks.safetensors: random blocks of the K types, and what `gguf.quants.dequantize` makes of them.
+- blocks.gguf, blocks.safetensors: random blocks of all types that are read, and what `gguf.quants.dequantize` makes of them.
 """
 
 import json
@@ -239,8 +239,10 @@ def random_blocks(kind, rows, columns):
     weights, size = gguf.GGML_QUANT_SIZES[kind]
     r = rng("blocks", kind.name, rows, columns)
     blocks = r.integers(0, 256, (rows, columns // weights, size), dtype=np.uint8)
-    for at in {Type.Q4_K: (0, 2), Type.Q6_K: (208,), Type.Q8_0: (0,), Type.Q4_0: (0,)}[kind]:
-        scales = (r.uniform(0.2, 1.0, blocks.shape[:2]) * {Type.Q4_K: 2e-3, Type.Q6_K: 5e-4}.get(kind, 0.05)).astype(np.float16)
+    places = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.Q4_1: (0, 2), Type.Q5_1: (0, 2)}
+    factors = {Type.Q4_K: 2e-3, Type.Q5_K: 1e-3, Type.Q6_K: 5e-4}
+    for at in places.get(kind, (0,)):
+        scales = (r.uniform(0.2, 1.0, blocks.shape[:2]) * factors.get(kind, 0.05)).astype(np.float16)
         blocks[:, :, at:at + 2] = scales[..., None].view(np.uint8)
     return blocks.reshape(rows, -1)
 
@@ -251,6 +253,8 @@ def write_blocks():
         ("blk.0.attn_v.weight", Type.Q4_K, 19, 512), ("blk.0.attn_q.weight", Type.Q4_K, 16, 256),
         ("blk.0.ffn_down.weight", Type.Q6_K, 19, 512), ("blk.0.attn_k.weight", Type.Q6_K, 16, 256),
         ("blk.0.ffn_up.weight", Type.Q4_0, 19, 96), ("blk.0.ffn_gate.weight", Type.Q8_0, 19, 96),
+        ("blk.1.attn_v.weight", Type.Q4_1, 19, 96), ("blk.1.attn_output.weight", Type.Q5_0, 19, 96),
+        ("blk.1.ffn_up.weight", Type.Q5_1, 19, 96), ("blk.1.ffn_down.weight", Type.Q5_K, 19, 512),
         ("token_embd.weight", Type.Q4_K, 5, 256), ("output.weight", Type.Q6_K, 5, 256),
     ]:
         data = random_blocks(kind, rows, columns)
