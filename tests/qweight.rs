@@ -106,9 +106,14 @@ fn symmetric_matrices_are_packed_exactly() {
 /// −zero·scale in f16: off by half of its last bit, 2⁻¹¹ of it at most; all else is exact.
 #[test]
 fn other_zeros_become_offsets_within_their_bound() {
-    for (name, group) in
-        [("gptq_groups_of_64", 64), ("gptq_whole_rows", 128), ("gptq_v2", 32), ("awq", 32), ("awq_groups_of_128", 128)]
-    {
+    for (name, group) in [
+        ("gptq_groups_of_64", 64),
+        ("gptq_groups_of_96", 32),
+        ("gptq_whole_rows", 128),
+        ("gptq_v2", 32),
+        ("awq", 32),
+        ("awq_groups_of_128", 128),
+    ] {
         for n in [64, 24, 8] {
             let case = Case::open(name).rows(n);
             let packed = case.matrix().unwrap().pack(&Pool::new(2)).unwrap().unwrap();

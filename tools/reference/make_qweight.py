@@ -87,6 +87,7 @@ def matrices():
     cases = {
         "gptq_symmetric": gptq("gptq_symmetric", symmetric=True),
         "gptq_groups_of_64": gptq("gptq_groups_of_64", group_size=64),
+        "gptq_groups_of_96": gptq("gptq_groups_of_96", k=192, group_size=96),
         "gptq_whole_rows": gptq("gptq_whole_rows", group_size=-1),
         "gptq_v2": gptq("gptq_v2", version=2),
         "gptq_8_bits": gptq("gptq_8_bits", bits=8, symmetric=True),
