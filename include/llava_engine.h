@@ -69,10 +69,10 @@ const char *llava_version(void);
 // What the last call of this thread that failed had to say; empty before any. Valid until the next call of this thread.
 const char *llava_last_error(void);
 
-// Opens the model in the folder, or of the hub id, `model`, and stores the engine in `*engine`.
+// Opens the model in the folder or GGUF file, or of the hub id, `model`, and stores the engine in `*engine`.
 //
-// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `check_ops`, `check_nan`, `threads`, `model_base`, `preprocess`,
-// `template`, `context_tokens`. They mean what the flags of the command line mean.
+// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `check_ops`, `check_nan`, `threads`,
+// `model_base`, `mmproj`, `preprocess`, `template`, `context_tokens`. They mean what the flags of the command line mean.
 //
 // # Safety
 // `model` and `options_json` are null or C strings; `engine` is null or points to a pointer that may be written.

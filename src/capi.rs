@@ -124,6 +124,7 @@ struct OpenRequest {
     check_nan: bool,
     threads: usize,
     model_base: Option<PathBuf>,
+    mmproj: Option<PathBuf>,
     preprocess: Option<String>,
     template: Option<String>,
     context_tokens: Option<usize>,
@@ -143,6 +144,7 @@ impl OpenRequest {
             kv_dtype: kv::dtype(self.kv_cache_dtype.as_deref().unwrap_or("auto"))?,
             threads: self.threads,
             model_base: self.model_base,
+            mmproj: self.mmproj,
             profile,
             template: self.template,
             context_tokens: self.context_tokens,
@@ -226,10 +228,10 @@ pub extern "C" fn llava_last_error() -> *const c_char {
     LAST_ERROR.with(|last| last.borrow().as_ptr())
 }
 
-/// Opens the model in the folder, or of the hub id, `model`, and stores the engine in `*engine`.
+/// Opens the model in the folder or GGUF file, or of the hub id, `model`, and stores the engine in `*engine`.
 ///
-/// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `check_ops`, `check_nan`, `threads`, `model_base`, `preprocess`,
-/// `template`, `context_tokens`. They mean what the flags of the command line mean.
+/// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `check_ops`, `check_nan`, `threads`,
+/// `model_base`, `mmproj`, `preprocess`, `template`, `context_tokens`. They mean what the flags of the command line mean.
 ///
 /// # Safety
 /// `model` and `options_json` are null or C strings; `engine` is null or points to a pointer that may be written.

@@ -85,6 +85,13 @@ impl std::fmt::Debug for Tensor {
     }
 }
 
+/// Tells the system that a range of a mapped file will not be read again soon, as [`Tensor::release`] does for a tensor's.
+pub(crate) fn release_mapped(map: &Mmap, offset: usize, bytes: usize) {
+    #[cfg(unix)]
+    // SAFETY: the mapping is shared and read-only: a page that is dropped comes back from the file, as it was, when it is read.
+    let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, bytes) };
+}
+
 /// Number of elements of `shape`; an error if that overflows, as a hostile file may make it.
 pub fn checked_len(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
@@ -168,10 +175,8 @@ impl Tensor {
 
     /// Tells the system that it will not be read again soon: pages of a mapped file leave this process's memory. Otherwise nothing.
     pub fn release(&self) {
-        #[cfg(unix)]
         if let Storage::Mapped { map, offset, bytes } = &self.storage {
-            // SAFETY: the mapping is shared and read-only: a page that is dropped comes back from the file, as it was, when it is read.
-            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, *offset, *bytes) };
+            release_mapped(map, *offset, *bytes);
         }
     }
 

@@ -355,7 +355,8 @@ fn folders_that_hold_something_else_are_named() {
     assert!(refusal(&fixture("base-llama")).contains("a LLaMA without a projector"));
     assert!(refusal(&fixture("hf_mha_f32").join("model.safetensors")).contains("name the folder"));
     for (file, content, what) in [
-        ("ggml-model.gguf", "GGUF", "a folder of GGUF files"),
+        ("ggml-model.gguf", "GGUF", "ends inside its header"),
+        ("ggml-model.gguf", "GGML", "not a GGUF file"),
         ("adapter_config.json", "{}", "a LoRA adapter"),
         ("model.safetensors", "", "weights without config.json"),
         ("mm_projector.bin", "", "a projector without the config.json"),
@@ -397,7 +398,7 @@ fn incomplete_checkpoints_say_what_is_missing() {
     let dir = copy("orig_projector_over_base");
     edit(&dir.path().join("config.json"), "/mm_vision_tower", Some(json!(fixture("clip-tower"))));
     assert!(refusal(dir.path()).contains("a projector without its decoder"));
-    let checkpoint = Checkpoint::open(dir.path(), Some(&fixture("base-llama"))).unwrap();
+    let checkpoint = Checkpoint::open(dir.path(), Some(fixture("base-llama").as_path())).unwrap();
     assert_eq!(checkpoint.tokenizer_dir, fixture("base-llama"));
-    assert!(Checkpoint::open(dir.path(), Some(&dir.path().join("none"))).is_err());
+    assert!(Checkpoint::open(dir.path(), Some(dir.path().join("none").as_path())).is_err());
 }

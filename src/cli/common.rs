@@ -18,12 +18,15 @@ use llava_engine::ops::{ArithmeticPeak, Operands, Peaks, kv};
 /// Which model, where, and in what numbers.
 #[derive(clap::Args)]
 pub struct ModelArgs {
-    /// Checkpoint folder or Hugging Face hub id; the demo model if absent
+    /// Checkpoint folder, GGUF file or Hugging Face hub id; the demo model if absent
     #[arg(long, short, env = "LLAVA_MODEL", alias = "model-path", value_name = "PATH|HF_ID")]
     pub model: Option<PathBuf>,
     /// Language model that an mm_projector.bin belongs to
     #[arg(long, env = "LLAVA_MODEL_BASE", value_name = "PATH")]
     pub model_base: Option<PathBuf>,
+    /// Vision tower and projector of a GGUF model; the only such file beside it if absent
+    #[arg(long, env = "LLAVA_MMPROJ", value_name = "FILE")]
+    pub mmproj: Option<PathBuf>,
     /// Where it runs: auto, cpu, cuda, cuda:N, or sim (the CUDA kernels simulated; slow)
     #[arg(long, env = "LLAVA_DEVICE", default_value = "auto")]
     pub device: String,
@@ -72,6 +75,7 @@ impl ModelArgs {
             kv_dtype: kv::dtype(&self.kv_cache_dtype)?,
             threads: self.threads,
             model_base: self.model_base.clone(),
+            mmproj: self.mmproj.clone(),
             profile: profile.transpose()?,
             template: template.map(str::to_owned),
             context_tokens: self.context,
@@ -90,7 +94,7 @@ impl ModelArgs {
     /// Opens the model.
     pub fn open(&self, options: &EngineOptions) -> Result<Engine> {
         let engine = Engine::open(self.path()?, options)?;
-        if let Some(note) = engine.device_note() {
+        for note in engine.notes() {
             eprintln!("llava-engine: {note}");
         }
         Ok(engine)

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use llava_engine::engine::kv_bytes;
 use llava_engine::error::Result;
 use llava_engine::model::checkpoint::Checkpoint;
-use llava_engine::ops::packed::{BLOCK_ROWS, SLAB};
 use llava_engine::weights::hub::resolve;
 
 use super::Outcome;
@@ -37,9 +36,10 @@ struct Part {
 pub fn run(args: &Args) -> Result<Outcome> {
     let options = args.model.options(None)?;
     let folder = resolve(&args.model.path()?.to_string_lossy())?;
-    let checkpoint = Checkpoint::open(&folder, options.model_base.as_deref())?;
+    let checkpoint = Checkpoint::open(&folder, options.beside())?;
     let config = &checkpoint.config;
     let mut parts = BTreeMap::<&str, Part>::new();
+    let mut storage = BTreeMap::<String, usize>::new();
     let mut n_unused = 0;
     for entry in checkpoint.weights.entries() {
         let Some(name) = &entry.canonical else {
@@ -47,8 +47,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
             continue;
         };
         let part = parts.entry(part_of(name)).or_default();
-        part.parameters += parameters(name, &entry.shape);
+        part.parameters += entry.parameters;
         part.bytes += entry.bytes;
+        *storage.entry(entry.dtype.to_string()).or_default() += entry.bytes;
     }
     let total =
         parts.values().fold(Part::default(), |a, b| Part { parameters: a.parameters + b.parameters, bytes: a.bytes + b.bytes });
@@ -63,6 +64,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
             "path": folder.to_string_lossy(),
             "layout": checkpoint.layout.to_string(),
             "dtype": checkpoint.dtype.name(),
+            "packed_by": checkpoint.scheme.map(|scheme| scheme.to_string()),
+            "bytes_by_dtype": storage,
             "config": config,
             "parts": parts,
             "parameters": total.parameters,
@@ -75,7 +78,11 @@ pub fn run(args: &Args) -> Result<Outcome> {
         }))?;
         return Ok(Outcome::Done);
     }
-    let mut out = format!("{}\n{}\n\n", folder.display(), checkpoint.layout);
+    let mut out = format!("{}\n{}\n", folder.display(), checkpoint.layout);
+    if let Some(scheme) = checkpoint.scheme {
+        out += &format!("packed by {scheme}\n");
+    }
+    out += "\n";
     let (v, t) = (&config.vision, &config.text);
     out += &format!(
         "vision     {} of {} layers, hidden {}, {} heads, {}x{} pixels in patches of {}: {} tokens per image\n",
@@ -99,8 +106,12 @@ pub fn run(args: &Args) -> Result<Outcome> {
         out += &format!("{name:<12} {:>14} {:>12.1}\n", part.parameters, part.bytes as f64 / 1e6);
     }
     let mb = |bytes: usize| bytes as f64 / 1e6;
+    let stored: Vec<_> = storage.iter().map(|(dtype, bytes)| format!("{dtype} {:.1}", mb(*bytes))).collect();
+    out += &format!("stored as    {} MB\n", stored.join(", "));
+    let is_foreign = checkpoint.gguf.is_some() || checkpoint.scheme.is_some();
+    let how = if is_foreign { "mapped; what another program packed, packed anew in memory" } else { "mapped" };
     out += &format!(
-        "\nto run: {:.1} MB of weights (mapped), and {:.3} MB of KV cache per token in {kv_dtype}: {:.1} MB for a full context\n",
+        "\nto run: {:.1} MB of weights ({how}), and {:.3} MB of KV cache per token in {kv_dtype}: {:.1} MB for a full context\n",
         mb(total.bytes),
         mb(kv_token),
         mb(kv_context)
@@ -115,15 +126,6 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     common::put(&out)?;
     Ok(Outcome::Done)
-}
-
-/// How many weights a tensor holds: of a packed matrix, its words do, up to whole blocks of rows.
-fn parameters(name: &str, shape: &[usize]) -> usize {
-    match (name.rsplit('.').next(), shape) {
-        (Some("words"), &[blocks, slabs, ..]) => blocks * BLOCK_ROWS * slabs * SLAB,
-        (Some("scales" | "offsets"), _) => 0,
-        _ => shape.iter().product(),
-    }
 }
 
 /// Which part of the model a canonical tensor name belongs to.

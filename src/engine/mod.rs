@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::image::{CHANNELS, Fit, Preprocess, RgbImage};
 use crate::infer::kv::KvCache;
 use crate::infer::runner::{Runner, StageObserver};
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::{Beside, Checkpoint};
 use crate::model::config::{LlavaConfig, Profile};
 use crate::model::{Llava, Slot};
 use crate::ops::{Ops, Peaks};
@@ -47,6 +47,8 @@ pub struct EngineOptions {
     pub threads: usize,
     /// The language model that an `mm_projector.bin` was trained for.
     pub model_base: Option<std::path::PathBuf>,
+    /// Vision tower and projector of a GGUF model; `None` takes the only such file beside it.
+    pub mmproj: Option<std::path::PathBuf>,
     /// Whose preprocessing and tokenization is followed; `None` takes what the checkpoint's layout says.
     pub profile: Option<Profile>,
     /// Conversation template by name; `None` takes the checkpoint's own.
@@ -64,6 +66,13 @@ pub struct EngineOptions {
     pub check_nan: bool,
 }
 
+impl EngineOptions {
+    /// The files of a checkpoint that were named apart from it.
+    pub fn beside(&self) -> Beside<'_> {
+        Beside { model_base: self.model_base.as_deref(), mmproj: self.mmproj.as_deref() }
+    }
+}
+
 /// A model on a device, with its tokenizer and templates.
 pub struct Engine {
     runner: Runner,
@@ -73,7 +82,7 @@ pub struct Engine {
     template: Template,
     eos_token_ids: Vec<u32>,
     records: Option<Arc<Records>>,
-    note: Option<String>,
+    notes: Vec<String>,
     compute: DType,
     load_ms: f64,
     layout: String,
@@ -89,7 +98,7 @@ pub struct TokenizedPrompt {
 }
 
 impl Engine {
-    /// Opens a checkpoint: a folder, or the name of a model on the Hugging Face hub.
+    /// Opens a checkpoint: a folder, a GGUF file, or the name of a model on the Hugging Face hub.
     ///
     /// # Errors
     /// If the folder is not a LLaVA (the message says what it is), if a tensor is missing or ill-shaped, or if an option names
@@ -97,7 +106,8 @@ impl Engine {
     pub fn open(model: impl AsRef<Path>, options: &EngineOptions) -> Result<Self> {
         let start = Instant::now();
         let folder = crate::weights::hub::resolve(&model.as_ref().to_string_lossy())?;
-        let mut checkpoint = Checkpoint::open(&folder, options.model_base.as_deref())?;
+        let mut checkpoint = Checkpoint::open(&folder, options.beside())?;
+        checkpoint.weights.set_threads(options.threads);
         let config = &mut checkpoint.config;
         if let Some(tokens) = options.context_tokens {
             if tokens == 0 || tokens > config.context_tokens {
@@ -109,7 +119,10 @@ impl Engine {
         if options.profile.is_some() {
             config.preprocess.fit = if profile == Profile::Original { Fit::Pad } else { Fit::Crop };
         }
-        let tokenizer = Tokenizer::open(&checkpoint.tokenizer_dir)?;
+        let tokenizer = match &checkpoint.gguf {
+            Some(gguf) => Tokenizer::from_gguf(&gguf.path, &gguf.keys)?,
+            None => Tokenizer::open(&checkpoint.tokenizer_dir)?,
+        };
         let template = Template::choose(options.template.as_deref(), &folder, &checkpoint, profile)?;
         let compute = options.dtype.unwrap_or(checkpoint.dtype);
         let OpenDevice { ops, records, note } = open_device(options, compute)?;
@@ -130,7 +143,7 @@ impl Engine {
             template,
             eos_token_ids,
             records,
-            note,
+            notes: note.into_iter().chain(checkpoint.weights.unpacked_note()).collect(),
             compute,
             load_ms: start.elapsed().as_secs_f64() * 1e3,
             layout: checkpoint.layout.to_string(),
@@ -157,9 +170,10 @@ impl Engine {
         self.runner.ops().name()
     }
 
-    /// Why [`Device::Auto`] did not take the GPU that the machine seems to have.
-    pub fn device_note(&self) -> Option<&str> {
-        self.note.as_deref()
+    /// What a user should know of how it was opened: why [`Device::Auto`] did not take the GPU that the machine seems to have, or that
+    /// matrices take more memory than their files.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Time that opening took, in ms.

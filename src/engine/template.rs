@@ -46,8 +46,14 @@ impl Template {
         if let Some(name) = name {
             return Ok(Self::Named(text::Template::by_name(name)?));
         }
-        let jinja = ChatTemplate::open(&checkpoint.tokenizer_dir)?;
+        let jinja = match (&checkpoint.gguf, &checkpoint.chat_template) {
+            (Some(gguf), Some(source)) => Some(ChatTemplate::parse(&gguf.path.display().to_string(), source)?),
+            (Some(_), None) => None,
+            (None, _) => ChatTemplate::open(&checkpoint.tokenizer_dir)?,
+        };
         match (profile, jinja) {
+            // Names of such files tell of their numbers rather than of their model, and none is of a model from before LLaVA-1.5.
+            (Profile::Original, None) if checkpoint.gguf.is_some() => Ok(Self::Named(text::Template::by_name("vicuna_v1")?)),
             (Profile::Hf, Some(jinja)) => Ok(Self::Jinja(Box::new(jinja))),
             (Profile::Hf, None) => Ok(Self::Named(text::Template::by_name("hf")?)),
             (Profile::Original, jinja) => {

@@ -1,10 +1,11 @@
 //! Opens a checkpoint in whichever layout it was written: its configuration, its tensors, and where its tokenizer is.
 //!
-//! The layout is decided by what the files say, never by what a folder is called. Three are known:
+//! The layout is decided by what the files say, never by what a folder is called. Four are known:
 //! - **llava-hf**: `text_config` and `vision_config` in `config.json`, everything in one set of safetensors files;
 //! - **original** (haotian-liu/LLaVA): `mm_*` keys in `config.json`, decoder and projector in one set of files, and the vision tower
 //!   in a CLIP folder of its own or among them;
-//! - **projector over a base**: the `mm_projector.bin` of pretraining, whose decoder is a LLaMA elsewhere.
+//! - **projector over a base**: the `mm_projector.bin` of pretraining, whose decoder is a LLaMA elsewhere;
+//! - **GGUF**: the decoder in one file, tower and projector in another (`src/model/gguf.rs`).
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,16 +15,16 @@ use serde_json::{Map, Value};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::weights::names::Part;
-use crate::weights::{Store, StoredDType, files, hub};
+use crate::weights::{Source, Store, StoredDType, files, hub};
 
 use super::config::{ClipConfig, Fit, LlavaConfig, Preprocess, ProjectorConfig};
+use super::gguf::{self, Metadata};
 use super::keys::Keys;
+use super::quantized::{self, Quantization};
+pub use super::quantized::{QUANT_METHOD, QUANT_VERSION};
 use super::{config_json, preprocess_json};
-
-/// How `quantization_config` in `config.json` names the packing of this project, and its newest version.
-pub const QUANT_METHOD: &str = "llava-engine";
-/// See [`QUANT_METHOD`].
-pub const QUANT_VERSION: i64 = 1;
+use crate::weights::blocks::SUPPORTED;
+use crate::weights::qweight::Scheme;
 
 /// An opened checkpoint. Its weights are mapped, not read.
 #[derive(Debug)]
@@ -32,8 +33,10 @@ pub struct Checkpoint {
     pub config: LlavaConfig,
     /// Tensors by canonical name.
     pub weights: Store,
-    /// Folder that holds `tokenizer.json` or `tokenizer.model`.
+    /// Folder that holds `tokenizer.json` or `tokenizer.model`, unless there is `gguf`.
     pub tokenizer_dir: PathBuf,
+    /// Of a GGUF checkpoint, what the language model's file says, its tokenizer among it.
+    pub gguf: Option<Metadata>,
     /// The chat template that comes with the checkpoint, a Jinja source.
     pub chat_template: Option<String>,
     /// What was found.
@@ -44,6 +47,23 @@ pub struct Checkpoint {
     pub tower_dir: Option<PathBuf>,
     /// The name of the checkpoint that this one was made from, if it was quantized.
     pub quantized_from: Option<String>,
+    /// How AutoGPTQ or AutoAWQ packed its matrices, if they did.
+    pub scheme: Option<Scheme>,
+}
+
+/// Files that belong to a checkpoint and may lie elsewhere.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Beside<'a> {
+    /// The LLaMA under an `mm_projector.bin`, a folder.
+    pub model_base: Option<&'a Path>,
+    /// The vision tower and projector of a GGUF model, a file.
+    pub mmproj: Option<&'a Path>,
+}
+
+impl<'a> From<Option<&'a Path>> for Beside<'a> {
+    fn from(model_base: Option<&'a Path>) -> Self {
+        Self { model_base, mmproj: None }
+    }
 }
 
 /// The layout of a checkpoint and where its parts lie.
@@ -72,6 +92,13 @@ pub enum Layout {
         /// Folder of the vision tower.
         tower: PathBuf,
     },
+    /// Files of llama.cpp.
+    Gguf {
+        /// The language model's.
+        text: PathBuf,
+        /// That of vision tower and projector.
+        mmproj: PathBuf,
+    },
 }
 
 impl fmt::Display for Layout {
@@ -99,6 +126,9 @@ impl fmt::Display for Layout {
             Self::ProjectorOverBase { base, tower } => {
                 write!(f, "projector of the original LLaVA over {}, vision tower in {}", base.display(), tower.display())
             }
+            Self::Gguf { text, mmproj } => {
+                write!(f, "GGUF, language model in {}, vision tower and projector in {}", text.display(), mmproj.display())
+            }
         }
     }
 }
@@ -114,28 +144,70 @@ struct Folder<'a> {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint in the folder `path`. `base` is the LLaMA under an `mm_projector.bin`; without it, the configuration's
-    /// `_name_or_path` is taken if that is a folder.
+    /// Opens the checkpoint in the folder `path`, or the GGUF file there. Of what may lie elsewhere: without a base, the configuration's
+    /// `_name_or_path` is taken if that is a folder; without an mmproj, the only one beside the file.
     ///
     /// # Errors
     /// [`Error::Io`] if a file cannot be read; [`Error::File`] if one is malformed or if the folder holds something else than a LLaVA,
     /// which the error names; [`Error::Unsupported`] for a LLaVA that is not implemented; [`Error::Tensor`] if two tensors claim the
-    /// same place or the decoder has none.
-    pub fn open(path: &Path, base: Option<&Path>) -> Result<Self> {
+    /// same place or the decoder has none; [`Error::Usage`] for an mmproj to a model that is no GGUF file.
+    pub fn open<'a>(path: &Path, beside: impl Into<Beside<'a>>) -> Result<Self> {
+        let Beside { model_base: base, mmproj } = beside.into();
+        if gguf::is_gguf(path)? {
+            return Self::gguf(path, mmproj);
+        }
+        if mmproj.is_some() {
+            return Err(Error::usage(format!("--mmproj belongs to a GGUF file, and {} is none", path.display())));
+        }
         let folder = Folder::open(path)?;
         let keys = Keys::new(&folder.config_path, &folder.config);
-        let quantized_from = quantization(&keys)?;
+        let Quantization { source: quantized_from, scheme } = quantized::read(path, &keys)?;
+        let mut weights = Store::new(path);
+        if let Some(scheme) = scheme {
+            weights.set_scheme(scheme);
+        }
         let checkpoint = if ["mm_vision_tower", "mm_projector_type", "mm_hidden_size"].iter().any(|key| keys.has(key)) {
-            Self::original(&folder, &keys, base)
+            Self::original(&folder, &keys, base, weights)
         } else if is_hf(&keys)? {
-            Self::hf(&folder, &keys)
+            Self::hf(&folder, &keys, weights)
         } else {
             Err(folder.another(&keys))
         };
-        Ok(Self { quantized_from, ..checkpoint? })
+        Ok(Self { quantized_from, scheme, ..checkpoint? })
     }
 
-    fn hf(folder: &Folder, keys: &Keys) -> Result<Self> {
+    fn gguf(path: &Path, mmproj: Option<&Path>) -> Result<Self> {
+        let gguf::Opened { config, weights, metadata, mmproj } = gguf::open(path, mmproj)?;
+        let text = metadata.path.clone();
+        let chat_template = metadata.keys.get("tokenizer.chat_template").and_then(Value::as_str).map(str::to_owned);
+        Ok(Self {
+            dtype: check_decoder(&text, &weights)?,
+            config,
+            weights,
+            tokenizer_dir: text.parent().unwrap_or(Path::new("")).to_owned(),
+            gguf: Some(metadata),
+            chat_template,
+            layout: Layout::Gguf { text, mmproj },
+            tower_dir: None,
+            quantized_from: None,
+            scheme: None,
+        })
+    }
+
+    /// Refuses a checkpoint that another program packed: to pack it once more would only lose.
+    ///
+    /// # Errors
+    /// [`Error::File`] that says which it is.
+    pub fn expect_unpacked(&self) -> Result<()> {
+        let what = match (&self.gguf, &self.scheme) {
+            (Some(_), _) => "a GGUF file".to_owned(),
+            (None, Some(scheme)) => scheme.to_string(),
+            (None, None) => return Ok(()),
+        };
+        Err(Error::file(self.weights.root(), format!("is packed already ({what}): quantize the checkpoint that it was made from")))
+    }
+
+    fn hf(folder: &Folder, keys: &Keys, mut weights: Store) -> Result<Self> {
         let found = files::weight_files(folder.path)?.ok_or_else(|| folder.no_weights())?;
         let image_size = match keys.has("vision_config") {
             true => config_json::clip(&keys.object("vision_config")?)?.image_size,
@@ -145,7 +217,6 @@ impl Checkpoint {
             Error::file(folder.path, "neither preprocessor_config.json nor an `image_processor` in processor_config.json")
         })?;
         let config = config_json::hf(keys, folder.generation().as_ref(), preprocess)?;
-        let mut weights = Store::new(folder.path);
         for file in &found.paths {
             weights.add(file, &[Part::Clip, Part::Projector, Part::Llama])?;
         }
@@ -153,8 +224,7 @@ impl Checkpoint {
         Self::assemble(folder, folder.path, config, weights, layout)
     }
 
-    fn original(folder: &Folder, keys: &Keys, base: Option<&Path>) -> Result<Self> {
-        let mut weights = Store::new(folder.path);
+    fn original(folder: &Folder, keys: &Keys, base: Option<&Path>, mut weights: Store) -> Result<Self> {
         let found = files::weight_files(folder.path)?;
         for file in found.iter().flat_map(|found| &found.paths) {
             weights.add(file, &[Part::Clip, Part::Projector, Part::Llama])?;
@@ -196,31 +266,16 @@ impl Checkpoint {
     }
 
     fn assemble(folder: &Folder, tokenizer_dir: &Path, config: LlavaConfig, weights: Store, layout: Layout) -> Result<Self> {
-        let dtype = check_decoder(folder, &weights)?;
+        let dtype = check_decoder(folder.path, &weights)?;
         let tokenizer_dir = tokenizer_dir.to_owned();
         let chat_template = chat_template(&tokenizer_dir)?;
-        Ok(Self { config, weights, tokenizer_dir, chat_template, layout, dtype, tower_dir: None, quantized_from: None })
-    }
-}
-
-/// What the checkpoint was quantized from, if it was; refused if in a way that there are no kernels for.
-fn quantization(keys: &Keys) -> Result<Option<String>> {
-    let key = "quantization_config";
-    if !keys.has(key) {
-        return Ok(None);
-    }
-    let quantization = keys.object(key)?;
-    match quantization.str("quant_method")? {
-        Some(QUANT_METHOD) => match quantization.int("version", 0..=i64::MAX)? {
-            Some(1..=QUANT_VERSION) => Ok(quantization.str("source")?.map(str::to_owned)),
-            _ => Err(quantization.unsupported("version", "written by a newer version of this program: update it")),
-        },
-        _ => Err(quantization.unsupported("quant_method", "use the checkpoint that it was made from, and `llava-engine quantize`")),
+        let (gguf, tower_dir, quantized_from, scheme) = (None, None, None, None);
+        Ok(Self { config, weights, tokenizer_dir, gguf, chat_template, layout, dtype, tower_dir, quantized_from, scheme })
     }
 }
 
 /// Number format of the decoder's matrices, told by the first of them, once nothing is found that would be dropped silently.
-fn check_decoder(folder: &Folder, weights: &Store) -> Result<DType> {
+fn check_decoder(path: &Path, weights: &Store) -> Result<DType> {
     for entry in weights.entries() {
         if entry.source.contains("lora_") {
             return Err(Error::Unsupported(format!(
@@ -229,21 +284,28 @@ fn check_decoder(folder: &Folder, weights: &Store) -> Result<DType> {
                 entry.source
             )));
         }
-        if entry.canonical.is_some_and(|c| c.starts_with("llama.") && c.ends_with(".bias")) {
-            let problem = "is a bias: decoders with biases are not supported";
-            return Err(Error::tensor(entry.source, entry.file, problem));
+        if let Some(name) = entry.canonical.filter(|c| c.starts_with("llama.") && c.ends_with(".bias")) {
+            // AutoGPTQ used to write biases of zeros to layers that have none.
+            if weights.tensor(&name, &entry.shape)?.to_f32().iter().any(|x| *x != 0.0) {
+                let problem = "is a bias: decoders with biases are not supported";
+                return Err(Error::tensor(entry.source, entry.file, problem));
+            }
         }
     }
     // Packed matrices have none; what stands beside them tells.
-    let packed = weights.contains("llama.layers.0.self_attn.q_proj.words");
+    let packed = ["words", "qweight"].iter().any(|kind| weights.contains(&format!("llama.layers.0.self_attn.q_proj.{kind}")));
     let name = if packed { "llama.embed_tokens.weight" } else { "llama.layers.0.self_attn.q_proj.weight" };
     match weights.dtype(name) {
         Some(StoredDType::Known(dtype @ (DType::F32 | DType::F16 | DType::Bf16))) => Ok(*dtype),
-        Some(other) => Err(Error::tensor(name, folder.path, format!("is stored as {other}: weights are f32, f16 or bf16"))),
-        None if weights.has_part(Part::Clip) => {
-            Err(Error::file(folder.path, "a vision tower without a decoder: not a whole LLaVA"))
-        }
-        None => Err(Error::file(folder.path, "its weight files hold no decoder under any known name")),
+        // What such tensors become where they are not kept in integers.
+        Some(StoredDType::Blocks(block)) if block.is_supported() => Ok(DType::F16),
+        Some(other) => Err(Error::tensor(
+            name,
+            path,
+            format!("is stored as {other}: weights are f32, f16 or bf16, or of GGUF's types {SUPPORTED}"),
+        )),
+        None if weights.has_part(Part::Clip) => Err(Error::file(path, "a vision tower without a decoder: not a whole LLaVA")),
+        None => Err(Error::file(path, "its weight files hold no decoder under any known name")),
     }
 }
 
@@ -258,7 +320,7 @@ fn is_hf(keys: &Keys) -> Result<bool> {
 }
 
 /// `image_aspect_ratio` of the original: `pad`, or `square` (which is the default) for the tower's own preprocessing.
-fn aspect_ratio(keys: &Keys) -> Result<Fit> {
+pub(super) fn aspect_ratio(keys: &Keys) -> Result<Fit> {
     let key = "image_aspect_ratio";
     match keys.str(key)? {
         Some("pad") => Ok(Fit::Pad),
@@ -380,8 +442,7 @@ fn chat_template(dir: &Path) -> Result<Option<String>> {
 impl<'a> Folder<'a> {
     fn open(path: &'a Path) -> Result<Self> {
         if path.is_file() {
-            let what = if path.extension().is_some_and(|e| e == "gguf") { "a GGUF file: not supported yet" } else { "a file" };
-            return Err(Error::file(path, format!("{what}: name the folder of a checkpoint")));
+            return Err(Error::file(path, "a file, and no GGUF file: name the folder of a checkpoint"));
         }
         let names = files::list(path)?;
         let config_path = path.join("config.json");
@@ -392,8 +453,6 @@ impl<'a> Folder<'a> {
             "a LoRA adapter: not yet supported, merge it into its base model first"
         } else if has("config.json") {
             ""
-        } else if names.iter().any(|n| n.ends_with(".gguf")) {
-            "a folder of GGUF files: not supported yet, use the checkpoint they were made from"
         } else if has("mm_projector.bin") {
             "a projector without the config.json that training wrote beside it"
         } else if names.iter().any(|n| n.ends_with(".safetensors") || n.ends_with(".bin")) {

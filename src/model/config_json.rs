@@ -138,7 +138,7 @@ pub fn clip(keys: &Keys) -> Result<ClipConfig> {
 }
 
 /// Reads the keys of HF's `LlamaConfig`, or of `MistralConfig` where that computes the same.
-fn llama(keys: &Keys, model_type: &str) -> Result<LlamaConfig> {
+pub(super) fn llama(keys: &Keys, model_type: &str) -> Result<LlamaConfig> {
     let (intermediate_size, n_kv_heads, max_positions) = match model_type {
         "llama" | "vicuna" => (11008, None, 2048),
         "mistral" => (14336, Some(8), 1 << 17),

@@ -17,12 +17,24 @@ pub struct Keys<'a> {
     /// Where in the file it is: empty, or `text_config.`
     prefix: String,
     map: Option<&'a Map<String, Value>>,
+    /// Keys that this file has under other names: (key, name in the file).
+    renamed: &'static [(&'static str, &'static str)],
 }
 
 impl<'a> Keys<'a> {
     /// The outermost object of the file `path`.
     pub fn new(path: &'a Path, map: &'a Map<String, Value>) -> Self {
-        Self { path, prefix: String::new(), map: Some(map) }
+        Self::renamed(path, map, &[])
+    }
+
+    /// As [`Keys::new`], of a file with names of its own: pairs of a key and its name there. Errors say the latter.
+    pub fn renamed(path: &'a Path, map: &'a Map<String, Value>, renamed: &'static [(&'static str, &'static str)]) -> Self {
+        Self { path, prefix: String::new(), map: Some(map), renamed }
+    }
+
+    /// What the file calls `key`.
+    fn name<'k>(&self, key: &'k str) -> &'k str {
+        self.renamed.iter().find(|(k, _)| *k == key).map_or(key, |(_, name)| name)
     }
 
     /// Whether `key` is there and not null.
@@ -32,12 +44,12 @@ impl<'a> Keys<'a> {
 
     /// Whether `key` is there and null: some configurations switch a default off that way.
     pub fn is_null(&self, key: &str) -> bool {
-        self.map.is_some_and(|map| map.get(key) == Some(&Value::Null))
+        self.map.is_some_and(|map| map.get(self.name(key)) == Some(&Value::Null))
     }
 
     /// The value of `key`, unless null.
     pub fn value(&self, key: &str) -> Option<&'a Value> {
-        self.map?.get(key).filter(|value| !value.is_null())
+        self.map?.get(self.name(key)).filter(|value| !value.is_null())
     }
 
     /// The object at `key`; one without keys if it is absent.
@@ -47,7 +59,7 @@ impl<'a> Keys<'a> {
             Some(Value::Object(map)) => Some(map),
             Some(_) => return Err(self.error(key, "an object")),
         };
-        Ok(Keys { path: self.path, prefix: format!("{}{key}.", self.prefix), map })
+        Ok(Keys { path: self.path, prefix: format!("{}{}.", self.prefix, self.name(key)), map, renamed: &[] })
     }
 
     /// The whole number at `key`, if it is there.
@@ -108,13 +120,13 @@ impl<'a> Keys<'a> {
             let cut = got.floor_char_boundary(60);
             got.replace_range(cut.., "...");
         }
-        Error::file(self.path, format!("`{}{key}` is {got}: expected {expected}", self.prefix))
+        Error::file(self.path, format!("`{}{}` is {got}: expected {expected}", self.prefix, self.name(key)))
     }
 
     /// An error: this says something well-formed that LLaVA engine cannot do.
     pub fn unsupported(&self, key: &str, why: &str) -> Error {
         let value = self.value(key).map_or_else(|| "absent".to_owned(), Value::to_string);
         let value: String = value.chars().take(60).collect();
-        Error::Unsupported(format!("{}: `{}{key}` is {value}: {why}", self.path.display(), self.prefix))
+        Error::Unsupported(format!("{}: `{}{}` is {value}: {why}", self.path.display(), self.prefix, self.name(key)))
     }
 }

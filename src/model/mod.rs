@@ -7,12 +7,14 @@ pub mod checkpoint;
 mod clip;
 pub mod config;
 mod config_json;
+mod gguf;
 mod keys;
 mod llama;
 mod llava;
 mod load;
 mod preprocess_json;
 mod projector;
+mod quantized;
 mod stage;
 
 pub use acts::LlamaActs;

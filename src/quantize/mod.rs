@@ -101,6 +101,7 @@ pub fn quantize(
     mut watch: impl FnMut(&Written, usize),
 ) -> Result<()> {
     let checkpoint = Checkpoint::open(model, base)?;
+    checkpoint.expect_unpacked()?;
     let items = plan(&checkpoint, recipe)?;
     prepare(output)?;
     let mut planned: Vec<Planned> = items.iter().flat_map(Item::planned).collect();

@@ -8,6 +8,7 @@ mod added;
 mod chat_template;
 mod conversation;
 mod decode;
+mod gguf;
 mod open;
 mod prompt;
 mod sentencepiece;

@@ -34,7 +34,7 @@ type Parsed<T> = std::result::Result<T, String>;
 
 /// The files beside a vocabulary that say more about it; all may be absent.
 #[derive(Default)]
-struct Companions {
+pub(super) struct Companions {
     /// `tokenizer_config.json`.
     config: Map<String, Value>,
     /// `special_tokens_map.json`.
@@ -98,7 +98,11 @@ pub(super) fn read(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
 }
 
 fn from_sentencepiece(bytes: &[u8], companions: &Companions) -> Parsed<Tokenizer> {
-    let model = SentencePiece::parse(bytes)?;
+    from_pieces(&SentencePiece::parse(bytes)?, true, companions)
+}
+
+/// A tokenizer of the pieces of a SentencePiece model, wherever they were read.
+pub(super) fn from_pieces(model: &SentencePiece, add_bos: bool, companions: &Companions) -> Parsed<Tokenizer> {
     let legacy = companions.flag("legacy").unwrap_or(true);
     let vocab: Map<String, Value> = (0u32..).zip(&model.pieces).map(|(id, p)| (p.text.clone(), json!(id))).collect();
     let bpe = Bpe {
@@ -124,7 +128,7 @@ fn from_sentencepiece(bytes: &[u8], companions: &Companions) -> Parsed<Tokenizer
         .zip(&model.pieces)
         .filter(|(_, p)| special(p.kind))
         .map(|(id, p)| AddedToken { special: p.kind != PieceKind::UserDefined, ..AddedToken::special(id, p.text.clone()) });
-    let ids = SpecialIds { add_bos: true, bos: model.bos_id, eos: model.eos_id, unk: Some(model.unk_id), pad: model.pad_id };
+    let ids = SpecialIds { add_bos, bos: model.bos_id, eos: model.eos_id, unk: Some(model.unk_id), pad: model.pad_id };
     Parts {
         bpe,
         normalizer: read_normalizer(&normalizer)?,

@@ -6,9 +6,9 @@
 use std::collections::HashMap;
 
 /// More pieces than any published vocabulary (Gemma: 256 k).
-const MAX_PIECES: usize = 1 << 19;
+pub(super) const MAX_PIECES: usize = 1 << 19;
 /// SentencePiece's own default limit is 16 characters; derivation of merges is quadratic in this.
-const MAX_PIECE_BYTES: usize = 256;
+pub(super) const MAX_PIECE_BYTES: usize = 256;
 /// LLaMA implies 61 k.
 const MAX_MERGES: usize = 1 << 22;
 
@@ -27,6 +27,21 @@ pub enum PieceKind {
     Unused,
     /// `<0x41>`: one byte of a character that the vocabulary lacks.
     Byte,
+}
+
+impl PieceKind {
+    /// The kind that SentencePiece, and GGUF files with it, number so.
+    pub(super) fn of_number(number: u64) -> Option<Self> {
+        Some(match number {
+            1 => Self::Normal,
+            2 => Self::Unknown,
+            3 => Self::Control,
+            4 => Self::UserDefined,
+            5 => Self::Unused,
+            6 => Self::Byte,
+            _ => return None,
+        })
+    }
 }
 
 /// One row of the vocabulary; its id is its place.
@@ -201,7 +216,7 @@ impl SentencePiece {
     }
 
     /// Every special id points at a piece, and no two pieces are spelt alike.
-    fn check_ids(&self) -> Result<(), String> {
+    pub(super) fn check_ids(&self) -> Result<(), String> {
         let ids = [("unk", Some(self.unk_id)), ("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)];
         for (name, id) in ids {
             if let Some(id) = id.filter(|&id| id as usize >= self.pieces.len()) {
@@ -260,15 +275,7 @@ fn parse_piece(bytes: &[u8]) -> Result<VocabPiece, String> {
             (1, Field::Bytes(text)) => piece.text = std::str::from_utf8(text).map_err(|_| "not UTF-8")?.to_owned(),
             (2, Field::Fixed32(score)) => piece.score = f32::from_le_bytes(score),
             (3, Field::Varint(kind)) => {
-                piece.kind = match kind {
-                    1 => PieceKind::Normal,
-                    2 => PieceKind::Unknown,
-                    3 => PieceKind::Control,
-                    4 => PieceKind::UserDefined,
-                    5 => PieceKind::Unused,
-                    6 => PieceKind::Byte,
-                    other => return Err(format!("kind {other} is unknown")),
-                }
+                piece.kind = PieceKind::of_number(kind).ok_or_else(|| format!("kind {kind} is unknown"))?;
             }
             _ => {}
         }

@@ -5,12 +5,18 @@
 //! and nothing is ever executed. The one thing that cannot be checked is the future: if another program truncates a mapped file, the
 //! operating system ends this one with SIGBUS. Files are little-endian, as is every machine that this crate runs on.
 
+pub mod blocks;
 pub mod files;
+pub mod gguf;
+mod gguf_names;
 pub mod hub;
+mod located;
 pub mod names;
 pub mod pickle;
+pub mod qweight;
 pub mod random;
 pub mod recipe;
+mod repack;
 pub mod safetensors;
 pub mod torch_zip;
 pub mod write;
@@ -20,21 +26,29 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use memmap2::Mmap;
 
+use crate::cpu::pool::Pool;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::Packed;
-use crate::tensor::{Tensor, checked_len};
+use crate::ops::packed::{BLOCK_ROWS, SLAB};
+use crate::tensor::Tensor;
+use blocks::BlockType;
+use gguf::Gguf;
+pub use located::{Located, Order};
 use names::Part;
+use qweight::Scheme;
 
 /// Number format of a stored tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoredDType {
     /// One that a [`Tensor`] can have.
     Known(DType),
+    /// Blocks of a GGUF file.
+    Blocks(BlockType),
     /// Another one: no matter, until that tensor is asked for.
     Other {
         /// What the file calls it.
@@ -44,26 +58,25 @@ pub enum StoredDType {
     },
 }
 
-impl fmt::Display for StoredDType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl StoredDType {
+    /// Bytes of `n` elements, if they can be counted; of blocks, `n` is a multiple of theirs.
+    pub fn bytes(&self, n: usize) -> Option<usize> {
         match self {
-            Self::Known(dtype) => dtype.fmt(f),
-            Self::Other { name, .. } => f.write_str(name),
+            Self::Known(dtype) => n.checked_mul(dtype.size()),
+            Self::Blocks(block) => (n / block.weights).checked_mul(block.bytes),
+            Self::Other { bits, .. } => usize::try_from(n as u128 * *bits as u128 / 8).ok(),
         }
     }
 }
 
-/// A tensor as a reader found it. The reader vouches that all its elements lie inside `map`.
-#[derive(Clone)]
-pub struct Located {
-    name: String,
-    shape: Vec<usize>,
-    dtype: StoredDType,
-    map: Arc<Mmap>,
-    /// First element, in bytes from the start of the file.
-    offset: usize,
-    /// Distance between neighbours in each dimension, in elements; `None` if contiguous and row-major.
-    strides: Option<Vec<usize>>,
+impl fmt::Display for StoredDType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Known(dtype) => dtype.fmt(f),
+            Self::Blocks(block) => block.fmt(f),
+            Self::Other { name, .. } => f.write_str(name),
+        }
+    }
 }
 
 /// One tensor of a checkpoint, to be listed.
@@ -81,12 +94,14 @@ pub struct Entry {
     pub dtype: StoredDType,
     /// Bytes its elements take.
     pub bytes: usize,
+    /// Weights that it holds: its elements, or what is packed in them; none in the scales and the like of packed matrices.
+    pub parameters: usize,
 }
 
 /// Where a model's tensors come from.
 pub trait Source {
     /// The tensor of this canonical name, which must have just this shape: a view into its file, or a copy where the file holds it
-    /// misaligned or transposed.
+    /// misaligned, in another order, or packed.
     ///
     /// # Errors
     /// [`Error::Tensor`] if it is missing (then the error names every spelling that was looked for), of another shape, or not of
@@ -94,7 +109,8 @@ pub trait Source {
     fn tensor(&self, canonical: &str, shape: &[usize]) -> Result<Tensor>;
 
     /// The matrix `[n, k]` of the module of this canonical name (`llama.lm_head`), if it is stored packed: as the tensors `module.words`,
-    /// `module.scales` and perhaps `module.offsets`, in place of `module.weight`.
+    /// `module.scales` and perhaps `module.offsets` in place of `module.weight`, or in another program's way that has an equal here
+    /// (`src/weights/qweight.rs`, `src/weights/blocks.rs`).
     ///
     /// # Errors
     /// [`Error::Tensor`] if they are no such matrix.
@@ -107,6 +123,15 @@ pub struct Store {
     root: PathBuf,
     tensors: Vec<Stored>,
     by_canonical: HashMap<String, usize>,
+    /// How GPTQ or AWQ packed its matrices.
+    scheme: Option<Scheme>,
+    /// Whether its files are GGUF files, whose names differ from all others'.
+    is_gguf: bool,
+    /// What other programs packed is packed anew by these.
+    pool: OnceLock<Pool>,
+    n_threads: usize,
+    /// Matrices that were packed and are dense now, and their bytes.
+    unpacked: Mutex<(usize, usize)>,
 }
 
 struct Stored {
@@ -124,7 +149,34 @@ impl fmt::Debug for Store {
 impl Store {
     /// An empty store for the checkpoint at `root`.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned(), tensors: Vec::new(), by_canonical: HashMap::new() }
+        Self {
+            root: root.to_owned(),
+            tensors: Vec::new(),
+            by_canonical: HashMap::new(),
+            scheme: None,
+            is_gguf: false,
+            pool: OnceLock::new(),
+            n_threads: 0,
+            unpacked: Mutex::default(),
+        }
+    }
+
+    /// What has been unpacked so far because its packing has no equal here, and what that costs; none if nothing was.
+    pub fn unpacked_note(&self) -> Option<String> {
+        let (n, bytes) = *self.unpacked.lock().unwrap_or_else(PoisonError::into_inner);
+        let matrices = if n == 1 { "matrix" } else { "matrices" };
+        let why = "columns in another order (desc_act), groups that are no multiple of 32, or 8 bits with zeros";
+        (n > 0).then(|| format!("{n} {matrices} had to be unpacked ({why}) and take {:.1} MB", bytes as f64 / 1e6))
+    }
+
+    /// Says how GPTQ or AWQ packed the matrices that come as `qweight`.
+    pub fn set_scheme(&mut self, scheme: Scheme) {
+        self.scheme = Some(scheme);
+    }
+
+    /// Threads that matrices are repacked by; 0, as at first, for as many as the machine has.
+    pub fn set_threads(&mut self, n_threads: usize) {
+        self.n_threads = n_threads;
     }
 
     /// Adds the tensors of `file` that belong to one of `parts`; the others are listed but never found.
@@ -136,16 +188,40 @@ impl Store {
         let map = map(file)?;
         let file: Arc<Path> = file.into();
         for located in read(&file, &map)? {
-            let canonical = names::canonical(&located.name).filter(|c| Part::of(c).is_none_or(|part| parts.contains(&part)));
-            if let Some(canonical) = &canonical
-                && let Some(twin) = self.by_canonical.insert(canonical.clone(), self.tensors.len())
-            {
-                let Stored { file: other, located: twin, .. } = &self.tensors[twin];
-                let problem = format!("is {canonical}, and so is `{}` in {}: remove one of them", twin.name, other.display());
-                return Err(Error::tensor(&located.name, &file, problem));
-            }
-            self.tensors.push(Stored { canonical, file: file.clone(), located });
+            let canonical = names::canonical(&located.name);
+            self.insert(&file, located, canonical, parts)?;
         }
+        Ok(())
+    }
+
+    /// As [`Store::add`], of a GGUF file that is open; the rows of the decoder's queries and keys are put in our order, for heads of `head_dim`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if it holds a tensor that is there already.
+    pub fn add_gguf(&mut self, file: &Path, gguf: &Gguf, parts: &[Part], head_dim: Option<usize>) -> Result<()> {
+        let file: Arc<Path> = file.into();
+        let mlp_is_swapped = gguf_names::mlp_is_swapped(&gguf.header.tensors);
+        self.is_gguf = true;
+        for mut located in gguf.located() {
+            let canonical = gguf_names::canonical(&located.name, mlp_is_swapped);
+            if let Some(head_dim) = head_dim.filter(|_| gguf_names::is_in_rotary_pairs(&located.name)) {
+                located.order = Order::RotaryPairs { head_dim };
+            }
+            self.insert(&file, located, canonical, parts)?;
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, file: &Arc<Path>, located: Located, canonical: Option<String>, parts: &[Part]) -> Result<()> {
+        let canonical = canonical.filter(|c| Part::of(c).is_none_or(|part| parts.contains(&part)));
+        if let Some(canonical) = &canonical
+            && let Some(twin) = self.by_canonical.insert(canonical.clone(), self.tensors.len())
+        {
+            let Stored { file: other, located: twin, .. } = &self.tensors[twin];
+            let problem = format!("is {canonical}, and so is `{}` in {}: remove one of them", twin.name, other.display());
+            return Err(Error::tensor(&located.name, file, problem));
+        }
+        self.tensors.push(Stored { canonical, file: file.clone(), located });
         Ok(())
     }
 
@@ -183,7 +259,20 @@ impl Store {
             shape: located.shape.clone(),
             dtype: located.dtype.clone(),
             bytes: located.bytes(),
+            parameters: self.parameters(canonical.as_deref().unwrap_or_default(), &located.shape),
         })
+    }
+
+    /// How many weights a tensor of this canonical name and shape holds.
+    fn parameters(&self, canonical: &str, shape: &[usize]) -> usize {
+        let n: usize = shape.iter().product();
+        match (canonical.rsplit('.').next(), shape) {
+            // Up to whole blocks of rows.
+            (Some("words"), &[blocks, slabs, ..]) => blocks * BLOCK_ROWS * slabs * SLAB,
+            (Some("qweight"), _) => n * self.scheme.map_or(0, |scheme| 32 / scheme.bits),
+            (Some("scales" | "offsets" | "qzeros" | "g_idx"), _) => 0,
+            _ => n,
+        }
     }
 
     fn find(&self, canonical: &str) -> Option<&Stored> {
@@ -194,111 +283,102 @@ impl Store {
 impl Source for Store {
     fn tensor(&self, canonical: &str, shape: &[usize]) -> Result<Tensor> {
         let Some(Stored { file, located, .. }) = self.find(canonical) else {
-            let spellings = names::spellings(canonical).into_iter().map(|s| format!("`{s}`")).collect::<Vec<_>>().join(", ");
-            return Err(Error::tensor(canonical, &self.root, format!("missing: no file has any of {spellings}")));
+            return match (canonical.strip_suffix(".weight"), shape) {
+                (Some(module), &[n, k]) if self.contains(&format!("{module}.qweight")) => {
+                    let dense = self.with_qweight(module, [n, k], |matrix| matrix.dense(self.pool()))?;
+                    let mut unpacked = self.unpacked.lock().unwrap_or_else(PoisonError::into_inner);
+                    *unpacked = (unpacked.0 + 1, unpacked.1 + dense.bytes());
+                    Ok(dense)
+                }
+                _ => Err(self.missing(canonical)),
+            };
         };
-        if located.shape != shape {
-            let problem = format!("has shape {:?}, but the configuration says {shape:?}", located.shape);
-            return Err(Error::tensor(&located.name, file, problem));
+        let error = |problem: String| Error::tensor(&located.name, file, problem);
+        located.expect(shape).map_err(error)?;
+        match located.dtype {
+            StoredDType::Known(dtype @ (DType::F32 | DType::F16 | DType::Bf16)) => located.load(dtype),
+            StoredDType::Blocks(block) => located.dense(block, self.pool()),
+            _ => Err(format!("is stored as {}: weights are f32, f16 or bf16", located.dtype)),
         }
-        let StoredDType::Known(dtype @ (DType::F32 | DType::F16 | DType::Bf16)) = located.dtype else {
-            return Err(Error::tensor(
-                &located.name,
-                file,
-                format!("is stored as {}: weights are f32, f16 or bf16", located.dtype),
-            ));
-        };
-        located.load(dtype).map_err(|problem| Error::tensor(&located.name, file, problem))
+        .map_err(error)
     }
 
     fn packed(&self, module: &str, n: usize, k: usize) -> Result<Option<Packed>> {
-        let words_name = format!("{module}.words");
-        let Some(words) = self.find(&words_name) else { return Ok(None) };
-        let error = |problem: String| Error::tensor(&words.located.name, &words.file, problem);
-        if let Some(twin) = self.find(&format!("{module}.weight")) {
+        let of = |kind: &str| self.find(&format!("{module}.{kind}"));
+        let weight = of("weight");
+        if let Some(Stored { file, located, .. }) = weight
+            && let StoredDType::Blocks(block) = located.dtype
+        {
+            let packed = located.expect(&[n, k]).and_then(|()| located.pack(block, self.pool()));
+            return packed.map(Some).map_err(|problem| Error::tensor(&located.name, file, problem));
+        }
+        let Some(packed) = of("words").or_else(|| of("qweight")) else { return Ok(None) };
+        let error = |problem: String| Error::tensor(&packed.located.name, &packed.file, problem);
+        if let Some(twin) = weight {
             return Err(error(format!("is packed, but there is `{}` too: remove one of them", twin.located.name)));
         }
-        let load = |kind: &str| {
-            let name = format!("{module}.{kind}");
-            let Some(Stored { file, located, .. }) = self.find(&name) else { return Ok(None) };
-            let StoredDType::Known(dtype) = located.dtype else {
-                return Err(Error::tensor(
-                    &located.name,
-                    file,
-                    format!("is stored as {}, not as a packed matrix is", located.dtype),
-                ));
-            };
-            located.load(dtype).map(Some).map_err(|problem| Error::tensor(&located.name, file, problem))
-        };
-        let (Some(words), Some(scales)) = (load("words")?, load("scales")?) else {
+        if packed.located.name.ends_with("qweight") {
+            return self.with_qweight(module, [n, k], |matrix| matrix.pack(self.pool()));
+        }
+        let (Some(words), Some(scales)) = (self.integers(module, "words")?, self.integers(module, "scales")?) else {
             return Err(error("is packed, but its scales are missing".to_owned()));
         };
-        Packed::new(n, k, words, scales, load("offsets")?).map(Some).map_err(|e| error(e.to_string()))
+        Packed::new(n, k, words, scales, self.integers(module, "offsets")?).map(Some).map_err(|e| error(e.to_string()))
     }
 }
 
-impl Located {
-    /// Bytes its elements take. Readers have checked the multiplication.
-    fn bytes(&self) -> usize {
-        let bits = match &self.dtype {
-            StoredDType::Known(dtype) => 8 * dtype.size(),
-            StoredDType::Other { bits, .. } => *bits,
+impl Store {
+    /// The tensor `module.kind` of a packed matrix, if it is there, in whichever format it is.
+    fn integers(&self, module: &str, kind: &str) -> Result<Option<Tensor>> {
+        let Some(Stored { file, located, .. }) = self.find(&format!("{module}.{kind}")) else { return Ok(None) };
+        let StoredDType::Known(dtype) = located.dtype else {
+            let problem = format!("is stored as {}, not as a packed matrix is", located.dtype);
+            return Err(Error::tensor(&located.name, file, problem));
         };
-        (checked_len(&self.shape).unwrap_or(0) as u128 * bits as u128 / 8) as usize
+        located.load(dtype).map(Some).map_err(|problem| Error::tensor(&located.name, file, problem))
     }
 
-    fn load(&self, dtype: DType) -> Result<Tensor, String> {
-        match &self.strides {
-            Some(strides) => self.gather(strides, dtype),
-            None if !(self.map.as_ptr() as usize + self.offset).is_multiple_of(dtype.size()) => self.copy(dtype),
-            None => Tensor::mapped(self.map.clone(), self.offset, &self.shape, dtype).map_err(|e| e.to_string()),
-        }
+    /// What `make` makes of the matrix that GPTQ or AWQ packed as `module`.
+    fn with_qweight<T>(&self, module: &str, [n, k]: [usize; 2], make: impl Fn(&qweight::Matrix) -> Result<T, String>) -> Result<T> {
+        let name = format!("{module}.qweight");
+        let Stored { file, located, .. } = self.find(&name).expect("asked for where it is");
+        let error = |problem: String| Error::tensor(&located.name, file, problem);
+        let scheme = self.scheme.ok_or_else(|| {
+            error("is packed as by GPTQ or AWQ, but config.json has no `quantization_config` that says how".to_owned())
+        })?;
+        let required =
+            |kind: &str| self.integers(module, kind)?.ok_or_else(|| error(format!("is packed, but its {kind} are missing")));
+        let stored = qweight::Stored {
+            qweight: required("qweight")?,
+            qzeros: required("qzeros")?,
+            scales: required("scales")?,
+            g_idx: self.integers(module, "g_idx")?,
+        };
+        qweight::Matrix::new(scheme, n, k, stored).and_then(|matrix| make(&matrix)).map_err(error)
     }
 
-    /// Its elements in memory of their own, for a file that does not align them.
-    fn copy(&self, dtype: DType) -> Result<Tensor, String> {
-        let end = self.offset.checked_add(self.bytes());
-        let bytes = end.and_then(|end| self.map.get(self.offset..end)).ok_or("leaves its file")?;
-        let mut tensor = Tensor::zeros(&self.shape, dtype);
-        bytes_of(&mut tensor).copy_from_slice(bytes);
-        Ok(tensor)
+    fn pool(&self) -> &Pool {
+        self.pool.get_or_init(|| match self.n_threads {
+            0 => Pool::new(std::thread::available_parallelism().map_or(1, |n| n.get())),
+            n => Pool::new(n),
+        })
     }
 
-    /// Its elements in row-major order, in memory of their own.
-    fn gather(&self, strides: &[usize], dtype: DType) -> Result<Tensor, String> {
-        let size = dtype.size();
-        let mut tensor = Tensor::zeros(&self.shape, dtype);
-        let mut at = vec![0usize; self.shape.len()]; // index of the element being copied, one per dimension
-        for element in bytes_of(&mut tensor).chunks_exact_mut(size) {
-            let start = self.offset + size * at.iter().zip(strides).map(|(i, stride)| i * stride).sum::<usize>();
-            element.copy_from_slice(self.map.get(start..start + size).ok_or("leaves its file")?);
-            for (i, n) in at.iter_mut().zip(&self.shape).rev() {
-                *i += 1;
-                if *i < *n {
-                    break;
-                }
-                *i = 0;
-            }
-        }
-        Ok(tensor)
-    }
-}
-
-fn bytes_of(tensor: &mut Tensor) -> &mut [u8] {
-    match tensor.dtype() {
-        DType::F32 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<f32>()),
-        DType::F16 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<half::f16>()),
-        DType::Bf16 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<half::bf16>()),
-        DType::I32 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<i32>()),
-        DType::I8 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<i8>()),
+    fn missing(&self, canonical: &str) -> Error {
+        let spellings = match self.is_gguf {
+            true => gguf_names::spelling(canonical).into_iter().collect(),
+            false => names::spellings(canonical),
+        };
+        let spellings = spellings.into_iter().map(|s| format!("`{s}`")).collect::<Vec<_>>().join(", ");
+        Error::tensor(canonical, &self.root, format!("missing: no file has any of {spellings}"))
     }
 }
 
 /// The tensors of a mapped file, whichever of the known formats it has: its first bytes tell, not its name.
 fn read(path: &Path, map: &Arc<Mmap>) -> Result<Vec<Located>> {
     let starts_with = |magic: &[u8]| map.starts_with(magic);
-    if starts_with(b"GGUF") {
-        return Err(Error::file(path, "a GGUF file: not supported yet, use the checkpoint it was made from"));
+    if starts_with(gguf::MAGIC) {
+        return Err(Error::file(path, "a GGUF file among other weights: name it with --model"));
     }
     if starts_with(b"version https://git-lfs") {
         return Err(Error::file(path, "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"));

@@ -60,8 +60,8 @@ const CLIP_SINGLES: [(&str, &str); 5] = [
     ("pre_layrnorm.bias", "clip.pre_layernorm.bias"),
 ];
 
-/// What a packed matrix has in place of its weight (`src/ops/packed.rs`).
-const PACKED_KINDS: [&str; 3] = ["words", "scales", "offsets"];
+/// What a packed matrix has in place of its weight: ours (`src/ops/packed.rs`), then GPTQ's and AWQ's (`src/weights/qweight.rs`).
+const PACKED_KINDS: [&str; 6] = ["words", "scales", "offsets", "qweight", "qzeros", "g_idx"];
 
 /// Modules of a CLIP layer; each has a weight and a bias.
 const CLIP_MODULES: [&str; 8] = [
@@ -181,7 +181,7 @@ fn is_kind(kind: &str) -> bool {
 }
 
 /// A layer number as checkpoints write it; `007` or `+7` would be a second name for a layer that has one.
-fn index(digits: &str) -> Option<usize> {
+pub(super) fn index(digits: &str) -> Option<usize> {
     let n: u16 = digits.parse().ok()?;
     (n.to_string() == digits).then_some(usize::from(n))
 }

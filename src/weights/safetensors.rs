@@ -9,7 +9,7 @@ use std::sync::Arc;
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, SafeTensors};
 
-use super::{Located, StoredDType};
+use super::{Located, Order, StoredDType};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -18,7 +18,8 @@ use crate::error::{Error, Result};
 /// # Errors
 /// [`Error::File`] if the header is not one, or if it contradicts itself or the size of the file.
 pub fn read(path: &Path, map: &Arc<Mmap>) -> Result<Vec<Located>> {
-    let located = |(name, offset, shape, dtype): Header| Located { name, shape, dtype, map: map.clone(), offset, strides: None };
+    let located =
+        |(name, offset, shape, dtype): Header| Located { name, shape, dtype, map: map.clone(), offset, order: Order::RowMajor };
     Ok(header(path, map)?.into_iter().map(located).collect())
 }
 

@@ -13,7 +13,7 @@ use memmap2::Mmap;
 use zip::{CompressionMethod, ZipArchive};
 
 use super::pickle::{self, PickledTensor, StorageType};
-use super::{Located, StoredDType};
+use super::{Located, Order, StoredDType};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -32,7 +32,7 @@ const MAX_ENTRIES: usize = 1 << 20;
 pub fn read(path: &Path, map: &Arc<Mmap>) -> Result<Vec<Located>> {
     let located = |(name, offset, tensor): Placed| Located {
         name,
-        strides: (!tensor.is_contiguous()).then_some(tensor.strides),
+        order: if tensor.is_contiguous() { Order::RowMajor } else { Order::Strided(tensor.strides) },
         shape: tensor.shape,
         dtype: stored_dtype(tensor.dtype),
         map: map.clone(),
