@@ -60,8 +60,9 @@ fn unseen() -> Vec<Row> {
 /// With the decoder alone in 4 bits, both lose less than plain rounding: of the layers' outputs for calibration data, and in the loss of
 /// answers about scenes that no one has seen.
 ///
-/// The demo model knows its answers so well that its loss moves by as little as it is uncertain of (0.0005 nats over these 910 tokens); KL,
-/// which does not depend on which answer is the right one, is surer. See docs/PERFORMANCE.md for more tokens.
+/// The demo model knows its answers so well that rounding moves its loss by no more than chance does (0.0005 nats over these 910 tokens; in
+/// groups of 128 RTN happens to gain some). KL, which does not depend on which answer is the right one, is surer. docs/PERFORMANCE.md has
+/// figures of three times as many tokens.
 #[test]
 fn calibrated_rounding_loses_less() {
     let (mut dense, unseen) = (open(&demo()), unseen());
@@ -84,10 +85,12 @@ fn calibrated_rounding_loses_less() {
         let [rtn, gptq, awq] = [Method::Rtn, Method::Gptq, Method::Awq].map(&mut measure);
         assert!(gptq.0 < 0.6 * rtn.0, "groups of {group}: outputs of gptq lose {}, of rtn {}", gptq.0, rtn.0);
         assert!(awq.0 < 0.96 * rtn.0, "groups of {group}: outputs of awq lose {}, of rtn {}", awq.0, rtn.0);
+        let ([rtn, gptq, awq], what) = ([rtn.1, gptq.1, awq.1], format!("groups of {group}: {rtn:?}, {gptq:?}, {awq:?}"));
+        assert!(gptq.kl < 0.8 * rtn.kl, "{what}");
         if group == 32 {
-            assert!(gptq.1.kl < 0.8 * rtn.1.kl, "{gptq:?}, rtn: {rtn:?}");
-            assert!(gptq.1.quantized_loss < rtn.1.quantized_loss, "{gptq:?}, rtn: {rtn:?}");
-            assert!(awq.1.quantized_loss < rtn.1.quantized_loss, "{awq:?}, rtn: {rtn:?}");
+            assert!(gptq.quantized_loss < rtn.quantized_loss && awq.quantized_loss < rtn.quantized_loss, "{what}");
+        } else {
+            assert!(awq.kl < 0.8 * rtn.kl, "{what}");
         }
     }
 }
@@ -252,7 +255,7 @@ fn answers_are_told_from_the_rest() {
             }
         }
         let expected = [1, 3].map(|i| turns[i].text.clone()).into_iter().zip(ends).map(|(text, end)| text + end);
-        let got: Vec<String> = answers.iter().map(|a| a.trim().to_owned()).collect();
+        let got: Vec<String> = answers.iter().map(|a| a.trim_start().to_owned()).collect();
         assert_eq!(got, expected.collect::<Vec<_>>(), "{template:?}");
         assert_eq!(example.n_answer_tokens(), example.is_answer.iter().filter(|a| **a).count());
         for turns in [&turns[..1], &[], &turns[..3]] {
@@ -319,7 +322,7 @@ fn every_layout_is_calibrated() {
             checkpoint.weights.tensor(canonical, &shape).unwrap().to_f32()
         };
         let norm = "llama.layers.1.post_attention_layernorm.weight";
-        let folded = name == "hf_mha_f32";
+        let folded = ["hf_mha_f32", "orig_identity_f16"].contains(&name);
         assert_eq!(weight("awq", norm) != weight("rtn", norm), folded, "{name}: whether a scale was folded into a norm");
         assert_eq!(weight("gptq", norm), weight("rtn", norm), "{name}: GPTQ changes matrices only");
     }

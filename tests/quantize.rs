@@ -108,7 +108,7 @@ fn a_refused_run_leaves_no_checkpoint() {
 
     let output = dir.path().join("new");
     let nothing = ["--bits", "16", "--head-bits", "16", "--projector-bits", "16", "--vision-bits", "16"];
-    for flags in [&["--bits", "5"][..], &["--bits", "4", "--group-size", "48"], &["--bits", "4", "--method", "gptq"], &nothing] {
+    for flags in [&["--bits", "5"][..], &["--bits", "4", "--group-size", "48"], &nothing] {
         let (code, message) = run(&model, &output, flags);
         assert!(code == 2 && !output.exists(), "{flags:?}: {code} {message}");
     }

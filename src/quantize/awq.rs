@@ -147,18 +147,18 @@ mod tests {
         assert!((real[0] / 3.0 - 1.0).abs() < 1e-3 && real[2] == 1.0 && real[4] == 1.0, "{real:?}");
     }
 
-    /// Where inputs differ in size, the output's error is less than 0.85 of that of plain rounding; where they do not, it is no larger.
+    /// Where inputs differ in size, the output's error is less than that of plain rounding: 0.82 and 0.87 of it.
     #[test]
     fn large_inputs_get_fine_weights() {
         let machine = machine();
-        for (group, bound) in [(32, 0.93), (128, 0.93)] {
+        for (group, bound) in [(32, 0.86), (128, 0.91)] {
             let format = Format::new(4, group, false).unwrap();
             let (w, x) = (weights(96, 384, 7), correlated(1500, 384, 8));
             let mut inputs = Inputs::new(384, x.rows(), false);
             inputs.see(&machine, &x).unwrap();
             let error = |fold: &Fold, importance: &[f32]| {
-                let w = fold.apply(&machine.pool, &w);
-                let packed = pack_for(&machine.pool, machine.isa, &w, format, importance).unwrap().0;
+                let scaled = fold.apply(&machine.pool, &w);
+                let packed = pack_for(&machine.pool, machine.isa, &scaled, format, importance).unwrap().0;
                 let rounded = fold.undo(&machine.pool, &round::dense(&machine.pool, &packed));
                 inputs.output_loss(&machine, &w, &rounded).unwrap().relative()
             };

@@ -224,7 +224,7 @@ mod tests {
         }
     }
 
-    /// Where columns have something in common, the output's error is less than half of that of plain rounding (0.33 to 0.44 of it).
+    /// Where columns have something in common, the output's error is less than 0.4 of that of plain rounding (0.31 to 0.34).
     #[test]
     fn correlated_inputs_make_good_for_rounding() {
         let machine = machine();
@@ -238,7 +238,7 @@ mod tests {
             let gptq = error(&pack(&machine, &w, &factor(&machine, &x), format).unwrap().unwrap());
             let rtn = error(&round::pack(&machine.pool, machine.isa, &w, format).unwrap().0);
             println!("{format}: {gptq} of RTN's {rtn}: {}", gptq / rtn);
-            assert!(gptq < 0.5 * rtn, "{format}: {gptq}, plain rounding {rtn}");
+            assert!(gptq < 0.4 * rtn, "{format}: {gptq}, plain rounding {rtn}");
         }
     }
 
