@@ -14,6 +14,8 @@
 //! | [`profile`], [`checked`] | a device whose ops are timed, or whose results are checked |
 //! | [`image`] | from a file to pixels, as Pillow does it |
 //! | [`text`] | tokenizers, templates, streaming |
+//! | [`data`] | rows of LLaVA's instruction data |
+//! | [`quantize`] | makes checkpoints smaller: RTN, GPTQ, AWQ |
 //! | [`weights`] | checkpoint files, mapped |
 //! | [`tensor`], [`dtype`], [`error`], [`device`] | what all of them speak |
 //! | [`capi`] | the C interface |
@@ -22,6 +24,7 @@ pub mod capi;
 pub mod checked;
 pub mod cpu;
 pub mod cuda;
+pub mod data;
 pub mod device;
 pub mod dtype;
 pub mod engine;

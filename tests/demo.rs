@@ -9,7 +9,7 @@ use llava_engine::dtype::DType;
 use llava_engine::engine::{Engine, EngineOptions, GenerateOptions, Turn};
 use llava_engine::image::RgbImage;
 use llava_engine::infer::sampler::SamplingOptions;
-use llava_engine::quantize::quantize;
+use llava_engine::quantize::{Method, Options, quantize};
 use llava_engine::weights::recipe::Recipe;
 use support::{fixture, image, kernel_device, root};
 
@@ -139,7 +139,8 @@ fn quantized_models_see_too() {
     for (bits, group, bound) in [(8, 128, 0.95), (4, 32, 0.94)] {
         let dir = tempfile::tempdir().unwrap();
         let recipe = Recipe::of_bits(bits, group).unwrap();
-        quantize(&root().join("models/demo"), None, dir.path(), recipe, 0, |_, _| {}).unwrap();
+        let options = Options { recipe, method: Method::Rtn, calibration: None, n_threads: 0 };
+        quantize(&root().join("models/demo"), None, dir.path(), &options, |_, _| {}).unwrap();
         let options = EngineOptions { device: Device::Cpu, template: Some("hf".into()), ..Default::default() };
         let mut engine = Engine::open(dir.path(), &options).unwrap();
         let answers: Vec<_> = scenes.iter().map(|s| ask(&mut engine, s, &image(&fixture("demo").join(&s.image)))).collect();

@@ -97,9 +97,9 @@ fn fixtures_by_device() -> impl Iterator<Item = (Fixture, Device)> {
     devices().flat_map(|device| Fixture::all().into_iter().map(move |fixture| (fixture, device)))
 }
 
-/// The name that a stage has in the fixtures.
-fn stage_name(stage: Stage) -> String {
-    match stage {
+/// The name that a stage has in the fixtures; none if they leave it out.
+fn stage_name(stage: Stage) -> Option<String> {
+    Some(match stage {
         Stage::PatchEmbedding => "patch_embedding".into(),
         Stage::ClipEmbeddings => "clip_embeddings".into(),
         Stage::ClipHidden(k) => format!("clip_hidden.{k}"),
@@ -107,7 +107,8 @@ fn stage_name(stage: Stage) -> String {
         Stage::ImageFeatures => "image_features".into(),
         Stage::InputEmbeds => "inputs_embeds".into(),
         Stage::DecoderHidden(k) => format!("decoder_hidden.{k}"),
-    }
+        Stage::DecoderLinear(_) => return None,
+    })
 }
 
 type Stages = Arc<Mutex<BTreeMap<String, Vec<f32>>>>;
@@ -117,7 +118,7 @@ fn record(engine: &mut Engine) -> Stages {
     let stages = Stages::default();
     let sink = stages.clone();
     engine.observe(Some(Box::new(move |stage, tensor: &Tensor| {
-        sink.lock().unwrap().insert(stage_name(stage), tensor.to_f32());
+        stage_name(stage).and_then(|name| sink.lock().unwrap().insert(name, tensor.to_f32()));
     })));
     stages
 }

@@ -1,5 +1,6 @@
 //! [`Engine`]: a LLaVA that is open and ready: what the command line, the C ABI and a program of yours use.
 
+mod example;
 mod generate;
 mod score;
 mod session;
@@ -10,8 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+pub use example::Example;
 pub use generate::{Answer, FinishReason, GenerateOptions, Timings, Usage};
-pub use score::Score;
+pub use score::{Score, log_sum_exp};
 pub use session::Session;
 use template::Template;
 pub use template::Turn;

@@ -40,11 +40,16 @@ impl Score {
     }
 }
 
-/// l_t − log Σ exp(l_i), in f64: differences of large logits keep their digits.
-fn log_softmax_at(logits: &[f32], token: usize) -> f32 {
+/// log Σ exp(l_i), in f64: log p_i is l_i less that, and differences of large logits keep their digits.
+pub fn log_sum_exp(logits: &[f32]) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-    (f64::from(logits[token] - max) - sum.ln()) as f32
+    f64::from(max) + sum.ln()
+}
+
+/// log p of a token.
+fn log_softmax_at(logits: &[f32], token: usize) -> f32 {
+    (f64::from(logits[token]) - log_sum_exp(logits)) as f32
 }
 
 impl Engine {
@@ -61,31 +66,18 @@ impl Engine {
         };
         let input_ids: Vec<i64> = prompt.slots.iter().map(id).collect();
         let is_image = prompt.slots.iter().map(|slot| matches!(slot, Slot::Image { .. })).collect();
-        let (pixel_values, image_features) = if images.is_empty() {
-            (None, None)
-        } else {
-            let pixels = self.preprocess(images)?;
-            let features = self.encode_image(&pixels)?;
-            (Some(pixels), Some(features))
-        };
-        let mut table = self.runner.kv().sequence();
+        let pixel_values = if images.is_empty() { None } else { Some(self.preprocess(images)?) };
+        let image_features = pixel_values.as_ref().map(|pixels| self.encode_image(pixels)).transpose()?;
         let mut logprobs = Vec::with_capacity(input_ids.len());
         let mut last_logits = Vec::new();
         let mut targets = input_ids.iter().skip(1);
-        let mut has_nan = false;
-        self.runner.extend(&mut table, 0, &prompt.slots, image_features.as_ref(), 0, |logits| {
-            has_nan |= logits.iter().any(|l| l.is_nan());
-            match targets.next() {
-                Some(&target) => {
-                    let target = usize::try_from(target).ok().filter(|&t| t < logits.len());
-                    logprobs.push(target.map_or(0.0, |t| log_softmax_at(logits, t)));
-                }
-                None => last_logits = logits.to_vec(),
+        self.logits(&prompt.slots, image_features.as_ref(), 0, |logits| match targets.next() {
+            Some(&target) => {
+                let target = usize::try_from(target).ok().filter(|&t| t < logits.len());
+                logprobs.push(target.map_or(0.0, |t| log_softmax_at(logits, t)));
             }
+            None => last_logits = logits.to_vec(),
         })?;
-        if has_nan {
-            return Err(nan_logits());
-        }
         let on_host = |tensor: Tensor| {
             let values = self.runner.ops().download(&tensor)?;
             Ok(Tensor::from_slice(tensor.shape(), &values))
@@ -93,6 +85,26 @@ impl Engine {
         let pixel_values = pixel_values.map(on_host).transpose()?;
         let image_features = image_features.map(on_host).transpose()?;
         Ok(Score { input_ids, is_image, pixel_values, image_features, logprobs, last_logits })
+    }
+
+    /// Runs `slots` from an empty cache and hands the logits `[vocab]` of each from `first_output` on to `take`.
+    ///
+    /// # Errors
+    /// If there is a NaN among them.
+    pub(super) fn logits(
+        &mut self,
+        slots: &[Slot],
+        features: Option<&Tensor>,
+        first_output: usize,
+        mut take: impl FnMut(&[f32]),
+    ) -> Result<()> {
+        let mut table = self.runner.kv().sequence();
+        let mut has_nan = false;
+        self.runner.extend(&mut table, 0, slots, features, first_output, |logits| {
+            has_nan |= logits.iter().any(|l| l.is_nan());
+            take(logits);
+        })?;
+        if has_nan { Err(nan_logits()) } else { Ok(()) }
     }
 }
 

@@ -75,6 +75,11 @@ impl Engine {
         if turns.last().is_none_or(|t| t.is_answer) {
             return Err(Error::usage("a conversation must end with a question"));
         }
+        self.render(system, turns)
+    }
+
+    /// The turns in the dress of the template, and after a question the beginning of an answer.
+    pub(super) fn render(&self, system: Option<&str>, turns: &[Turn]) -> Result<Prompt> {
         match &self.template {
             Template::Named(template) => {
                 let mut conversation = Conversation::new(template);
@@ -94,7 +99,8 @@ impl Engine {
                 let system = system.map(|text| Message::new("system", 0, text));
                 let role = |turn: &Turn| if turn.is_answer { "assistant" } else { "user" };
                 let messages = turns.iter().map(|t| Message::new(role(t), t.n_images, &t.text));
-                template.render(&system.into_iter().chain(messages).collect::<Vec<_>>(), &self.tokenizer, true)
+                let asks = turns.last().is_some_and(|turn| !turn.is_answer);
+                template.render(&system.into_iter().chain(messages).collect::<Vec<_>>(), &self.tokenizer, asks)
             }
         }
     }

@@ -92,6 +92,17 @@ impl Runner {
         model.encode(&mut ctx, pixels).map_err(|e| e.lacking_for("encoding the images", advice))
     }
 
+    /// The decoder's input for `slots`, f32 `[slots, hidden]` on the host.
+    pub fn embed(&mut self, slots: &[Slot], features: Option<&Tensor>) -> Result<Tensor> {
+        let Self { ops, model, acts, .. } = self;
+        let mut all = Vec::new();
+        for chunk in slots.chunks(acts.max_tokens()) {
+            model.embed(&mut Ctx::new(&**ops), acts, chunk, features)?;
+            all.extend(ops.download(acts.input())?);
+        }
+        Ok(Tensor::from_slice(&[slots.len(), all.len() / slots.len().max(1)], &all))
+    }
+
     /// Runs `slots` after the `past` cached tokens of the sequence in `table`, and hands the logits `[vocab]` of each row from
     /// `first_output` on to `take`.
     pub fn extend(

@@ -39,7 +39,8 @@ impl ClipActs {
 
 /// Activations of a decoder block for a number of rows.
 pub struct BlockActs {
-    pub(super) x: Tensor,       // [tokens, hidden]: the residual stream
+    /// The residual stream, `[tokens, hidden]`: what a block reads and adds to.
+    pub x: Tensor,
     pub(super) normed: Tensor,  // [tokens, hidden]
     pub(super) qkv: Tensor,     // [tokens, (n_heads + 2 * n_kv_heads) * head_dim]
     pub(super) attn: Tensor,    // [tokens, n_heads * head_dim]
@@ -48,7 +49,8 @@ pub struct BlockActs {
 }
 
 impl BlockActs {
-    fn plan(ops: &dyn Ops, config: &LlamaConfig, max_tokens: usize) -> Result<Self> {
+    /// Buffers for up to `max_tokens` rows.
+    pub fn plan(ops: &dyn Ops, config: &LlamaConfig, max_tokens: usize) -> Result<Self> {
         let heads = config.heads();
         let alloc = |width| ops.alloc(&[max_tokens, width], ops.activation_dtype());
         Ok(Self {
@@ -61,7 +63,8 @@ impl BlockActs {
         })
     }
 
-    pub(super) fn set_tokens(&mut self, tokens: usize) {
+    /// Makes all buffers `tokens` rows long.
+    pub fn set_tokens(&mut self, tokens: usize) {
         for t in [&mut self.x, &mut self.normed, &mut self.qkv, &mut self.attn, &mut self.gate_up, &mut self.act] {
             t.set_rows(tokens);
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::acts::{BlockActs, HEAD_ROWS, LlamaActs};
 use super::config::LlamaConfig;
 use super::load::Loader;
-use super::stage::{Ctx, Stage};
+use super::stage::{Ctx, LinearInput, Stage};
 use crate::error::{Error, Result};
 use crate::nn::{Linear, RmsNorm, rope_table};
 use crate::ops::{Heads, KvLayer, KvSource, Matrix, RopeTable, RowCopy, Span, Weight};
@@ -102,7 +102,8 @@ impl Llama {
     }
 }
 
-struct Block {
+/// A layer of the decoder.
+pub struct Block {
     heads: Heads,
     attn_norm: RmsNorm,
     qkv: Linear, // [(n_heads + 2 * n_kv_heads) * head_dim, hidden]
@@ -113,7 +114,11 @@ struct Block {
 }
 
 impl Block {
-    fn load(loader: &Loader<'_>, config: &LlamaConfig, index: usize) -> Result<Self> {
+    /// Layer `index`.
+    ///
+    /// # Errors
+    /// If a tensor of it is missing or ill-shaped.
+    pub fn load(loader: &Loader<'_>, config: &LlamaConfig, index: usize) -> Result<Self> {
         let (hidden, intermediate, heads) = (config.hidden_size, config.intermediate_size, config.heads());
         let layer = format!("llama.layers.{index}");
         let (attn, mlp) = (format!("{layer}.self_attn"), format!("{layer}.mlp"));
@@ -130,12 +135,23 @@ impl Block {
     }
 
     /// x += W_o·Attn(RoPE(W_qkv·RMS(x))),  then  x += W_down·(silu(W_gate·n) ⊙ W_up·n),  n = RMS(x)
-    fn forward(&self, ctx: &mut Ctx<'_>, a: &mut BlockActs, kv: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>]) -> Result<()> {
+    ///
+    /// x is `a.x`, whose rows are those of `spans`; their keys and values are appended to `kv`.
+    pub fn forward(
+        &self,
+        ctx: &mut Ctx<'_>,
+        a: &mut BlockActs,
+        kv: &mut KvLayer,
+        rope: &RopeTable,
+        spans: &[Span<'_>],
+    ) -> Result<()> {
         let ops = ctx.ops;
         self.attn_norm.forward(ops, &mut a.normed, &a.x)?;
+        ctx.observe(Stage::DecoderLinear(LinearInput::Qkv), &a.normed)?;
         self.qkv.forward(ops, &mut a.qkv, &a.normed)?;
         ops.rope_append(&mut a.qkv, kv, rope, spans, self.heads)?;
         ops.attention(&mut a.attn, &a.qkv, KvSource::Paged(kv), spans, self.heads, true)?;
+        ctx.observe(Stage::DecoderLinear(LinearInput::Out), &a.attn)?;
         self.out.forward_add(ops, &mut a.x, &a.attn)?;
         self.mlp(ctx, a)
     }
@@ -144,8 +160,10 @@ impl Block {
     fn mlp(&self, ctx: &mut Ctx<'_>, a: &mut BlockActs) -> Result<()> {
         let ops = ctx.ops;
         self.mlp_norm.forward(ops, &mut a.normed, &a.x)?;
+        ctx.observe(Stage::DecoderLinear(LinearInput::GateUp), &a.normed)?;
         self.gate_up.forward(ops, &mut a.gate_up, &a.normed)?;
         ops.silu_mul(&mut a.act, &a.gate_up)?;
+        ctx.observe(Stage::DecoderLinear(LinearInput::Down), &a.act)?;
         self.down.forward_add(ops, &mut a.x, &a.act)
     }
 
@@ -163,6 +181,7 @@ impl Block {
     ) -> Result<()> {
         let ops = ctx.ops;
         self.attn_norm.forward(ops, &mut all.normed, &all.x)?;
+        ctx.observe(Stage::DecoderLinear(LinearInput::Qkv), &all.normed)?;
         ops.linear(&mut all.qkv, &all.normed, &self.qkv.weight.select(1..3), None, crate::ops::Epilogue::Store)?;
         // The output rows' own q, k and v go back among the others to be rotated with them.
         self.attn_norm.forward(ops, &mut tail.normed, &tail.x)?;
@@ -172,6 +191,7 @@ impl Block {
         ops.rope_append(&mut all.qkv, kv, rope, spans, self.heads)?;
         ops.copy_rows(&mut tail.qkv, &all.qkv, outputs)?;
         ops.attention(&mut tail.attn, &tail.qkv, KvSource::Paged(kv), &tail_spans(spans, outputs), self.heads, true)?;
+        ctx.observe(Stage::DecoderLinear(LinearInput::Out), &tail.attn)?;
         self.out.forward_add(ops, &mut tail.x, &tail.attn)?;
         self.mlp(ctx, tail)
     }

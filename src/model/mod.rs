@@ -17,7 +17,8 @@ mod projector;
 mod quantized;
 mod stage;
 
-pub use acts::LlamaActs;
-pub use llama::Llama;
+pub use acts::{BlockActs, LlamaActs};
+pub use llama::{Block, Llama};
 pub use llava::{Llava, Slot};
-pub use stage::{Ctx, Observer, Stage};
+pub use load::Loader;
+pub use stage::{Ctx, LinearInput, Observer, Stage};

@@ -23,6 +23,22 @@ pub enum Stage {
     InputEmbeds,
     /// Output of this many decoder layers, before the last norm: `[tokens, hidden]`; of the last layer only the rows asked for.
     DecoderHidden(usize),
+    /// Input of matrices of a decoder layer, seen before that layer's output: `[tokens, their width]`; where the last layer runs for the
+    /// rows asked for alone, of those, but for [`LinearInput::Qkv`].
+    DecoderLinear(LinearInput),
+}
+
+/// Which matrices of a decoder layer: those that share an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinearInput {
+    /// Of Q, K and V: the hidden states after the layer's first norm.
+    Qkv,
+    /// Of the attention's output matrix: what the heads have gathered.
+    Out,
+    /// Of gate and up: the hidden states after the layer's second norm.
+    GateUp,
+    /// Of down: the gated activations.
+    Down,
 }
 
 /// Called at every stage.

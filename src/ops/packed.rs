@@ -153,12 +153,18 @@ impl Packed {
 
     /// The matrix `[n, k]` in f32, as the equation says: what kernels are compared with. Of tensors on the host.
     pub fn to_f32(&self) -> Vec<f32> {
-        let rows = (0..self.n).flat_map(|row| (0..self.k).map(move |col| (row, col)));
-        rows.map(|(row, col)| {
-            let (scale, offset) = self.scale_offset(row, col);
-            scale * f32::from(self.q(row, col)) + offset
-        })
-        .collect()
+        let mut values = vec![0.0; self.n * self.k];
+        values.chunks_exact_mut(self.k.max(1)).enumerate().for_each(|(row, values)| self.row_to_f32(row, values));
+        values
+    }
+
+    /// A row of it: `[k]`.
+    pub fn row_to_f32(&self, row: usize, values: &mut [f32]) {
+        for (group, values) in values.chunks_mut(self.group).enumerate() {
+            let first = group * self.group;
+            let (scale, offset) = self.scale_offset(row, first);
+            values.iter_mut().enumerate().for_each(|(i, w)| *w = scale * f32::from(self.q(row, first + i)) + offset);
+        }
     }
 }
 

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! With 8 bits, s is the largest |w| over 127. With 4 bits the range is so coarse that it pays to look for the scale: each candidate rounds the
-//! group, and the one that can explain most of it wins, with the scale of least squares, s = Σ w·p / Σ p², p = q − 8.
+//! group, and the one that can explain most of it wins, with the scale of least squares, s = Σ h·w·p / Σ h·p², p = q − 8, where h is how
+//! much a column matters: 1, or what is known of its inputs.
 
 use half::f16;
 
@@ -20,6 +21,8 @@ use crate::tensor::Tensor;
 /// What the weight of the largest magnitude in a group is rounded to, of 4 bits: −8 is the end of the range; with less of it the group's other
 /// weights are met more finely, with more the largest is cut off.
 const CANDIDATES: [f32; 9] = [-6.8, -7.1, -7.4, -7.7, -8.0, -8.3, -8.6, -8.9, -9.3];
+/// Rows that one task takes where each is little work.
+pub(super) const ROWS_PER_TASK: usize = 16;
 /// Sums under way at once, of as many columns side by side.
 const LANES: usize = 16;
 /// 1.5·2²³ leaves no bits for fractions: adding and taking it away again rounds to the nearest integer.
@@ -40,6 +43,13 @@ impl Loss {
         if self.total > 0.0 { (self.error / self.total).sqrt() } else { 0.0 }
     }
 
+    /// Of a matrix `[n, k]` and what it was rounded to, in f32.
+    pub fn between(matrix: &Tensor, rounded: &Tensor) -> Self {
+        let pairs = matrix.to_f32();
+        let pairs = pairs.iter().zip(rounded.as_slice::<f32>()).map(|(w, r)| (f64::from(*w), f64::from(*r)));
+        pairs.fold(Self::default(), |sum, (w, r)| Self { error: sum.error + (w - r).powi(2), total: sum.total + w * w })
+    }
+
     /// Of both.
     pub fn plus(self, other: Self) -> Self {
         Self { error: self.error + other.error, total: self.total + other.total }
@@ -54,91 +64,199 @@ impl Loss {
 /// # Panics
 /// If k is not a multiple of the group, or the format has offsets.
 pub fn pack(pool: &Pool, isa: Isa, matrix: &Tensor, format: Format) -> Result<(Packed, Loss), String> {
-    let (n, k) = (matrix.rows(), matrix.row_len());
-    let Format { bits, group, has_offsets } = format;
-    assert!(k.is_multiple_of(group) && !has_offsets, "{format:?} of {n} x {k}");
-    let (words_shape, scales_shape) = (format.words_shape(n, k), format.scales_shape(n, k));
-    let mut words = Tensor::zeros(&words_shape, DType::I32);
-    let mut scales = Tensor::zeros(&scales_shape, DType::F16);
-    let n_blocks = n.div_ceil(BLOCK_ROWS);
-    let mut results = vec![Ok(Loss::default()); n_blocks];
-    {
-        let (block_bytes, block_scales) = (BLOCK_ROWS * k * bits / 8, BLOCK_ROWS * k / group);
-        let (words, scales) = (Disjoint::new(words.as_mut_bytes()), Disjoint::new(scales.as_mut_slice::<f16>()));
-        let results = Disjoint::new(&mut results);
-        pool.run(n_blocks, &|block| {
-            // SAFETY: each block has its own words, scales and result.
-            let (bytes, scales, result) = unsafe {
-                (
-                    words.slice(block * block_bytes, block_bytes),
-                    scales.slice(block * block_scales, block_scales),
-                    &mut results.slice(block, 1)[0],
-                )
-            };
-            *result = isa.run(PackBlock { matrix, first_row: block * BLOCK_ROWS, format, bytes, scales });
-        });
-    }
-    let mut loss = Loss::default();
-    for result in results {
-        loss = loss.plus(result.map_err(|(row, col, w)| format!("row {row}, column {col} is {w}: it cannot be packed"))?);
-    }
-    let packed = Packed::new(n, k, words, scales, None).expect("made in the shapes of its format");
-    Ok((packed, loss))
+    pack_for(pool, isa, matrix, format, &vec![1.0; matrix.row_len()])
 }
 
-/// Up to 16 rows of a matrix.
-struct PackBlock<'a> {
-    matrix: &'a Tensor,
-    first_row: usize,
+/// As [`pack`], with scales that make the sum of h·(w − ŵ)² small: `importance` h `[k]` is how much a column matters.
+pub(super) fn pack_for(
+    pool: &Pool,
+    isa: Isa,
+    matrix: &Tensor,
     format: Format,
+    importance: &[f32],
+) -> Result<(Packed, Loss), String> {
+    let mut draft = Draft::new(matrix.rows(), matrix.row_len(), format);
+    let mut loss = Loss::default();
+    for result in draft.fill(pool, |block| isa.run(PackBlock { matrix, importance, block })) {
+        loss = loss.plus(result?);
+    }
+    Ok((draft.finish(), loss))
+}
+
+/// Refuses a matrix with a weight that is no finite number: the first, with its row and column.
+pub fn check_finite(matrix: &Tensor) -> Result<(), String> {
+    let (values, k) = (matrix.to_f32(), matrix.row_len());
+    match values.iter().position(|w| !w.is_finite()) {
+        Some(i) => Err(refusal(i / k, i % k, values[i])),
+        None => Ok(()),
+    }
+}
+
+/// The matrix `[n, k]` in f32 that a packed one stands for.
+pub fn dense(pool: &Pool, packed: &Packed) -> Tensor {
+    let mut dense = Tensor::zeros(&[packed.n, packed.k], DType::F32);
+    pool.for_rows(dense.as_mut_slice(), packed.k, ROWS_PER_TASK, |first, rows| {
+        for (i, row) in rows.chunks_exact_mut(packed.k).enumerate() {
+            packed.row_to_f32(first + i, row);
+        }
+    });
+    dense
+}
+
+/// A packed matrix in the making.
+pub(super) struct Draft {
+    n: usize,
+    k: usize,
+    format: Format,
+    words: Tensor,
+    scales: Tensor,
+}
+
+/// Up to 16 rows of it.
+pub(super) struct Block<'a> {
+    /// The first of them.
+    pub first_row: usize,
+    /// How many they are.
+    pub n_rows: usize,
+    /// How they are packed.
+    pub format: Format,
+    k: usize,
     /// All integers of the block.
     bytes: &'a mut [u8],
     /// `[k / group][BLOCK_ROWS]`
     scales: &'a mut [f16],
 }
 
+impl Draft {
+    /// A matrix `[n, k]` of zeros.
+    pub fn new(n: usize, k: usize, format: Format) -> Self {
+        assert!(k.is_multiple_of(format.group) && !format.has_offsets, "{format:?} of {n} x {k}");
+        let words = Tensor::zeros(&format.words_shape(n, k), DType::I32);
+        Self { n, k, format, words, scales: Tensor::zeros(&format.scales_shape(n, k), DType::F16) }
+    }
+
+    /// Hands each block of rows to `fill`, side by side; its results, first rows first.
+    pub fn fill<T: Send>(&mut self, pool: &Pool, fill: impl Fn(Block<'_>) -> T + Sync) -> Vec<T> {
+        let Self { n, k, format, .. } = *self;
+        let n_blocks = n.div_ceil(BLOCK_ROWS);
+        let mut results: Vec<Option<T>> = (0..n_blocks).map(|_| None).collect();
+        let (block_bytes, block_scales) = (BLOCK_ROWS * k * format.bits / 8, BLOCK_ROWS * k / format.group);
+        let (words, scales) = (Disjoint::new(self.words.as_mut_bytes()), Disjoint::new(self.scales.as_mut_slice::<f16>()));
+        let all = Disjoint::new(&mut results);
+        pool.run(n_blocks, &|block| {
+            // SAFETY: each block has its own words, scales and result.
+            let (bytes, scales, result) = unsafe {
+                (
+                    words.slice(block * block_bytes, block_bytes),
+                    scales.slice(block * block_scales, block_scales),
+                    &mut all.slice(block, 1)[0],
+                )
+            };
+            let first_row = block * BLOCK_ROWS;
+            *result = Some(fill(Block { first_row, n_rows: BLOCK_ROWS.min(n - first_row), format, k, bytes, scales }));
+        });
+        results.into_iter().flatten().collect()
+    }
+
+    /// The matrix.
+    pub fn finish(self) -> Packed {
+        Packed::new(self.n, self.k, self.words, self.scales, None).expect("made in the shapes of its format")
+    }
+}
+
+impl Block<'_> {
+    /// Writes p = q − 2^(b−1) and the scale of the group that begins at column `first_col` of the block's row `row`.
+    #[inline(always)]
+    pub fn put(&mut self, row: usize, first_col: usize, p: &[i8], scale: f16) {
+        let Format { bits, group, .. } = self.format;
+        let zero = self.format.zero();
+        self.scales[first_col / group * BLOCK_ROWS + row] = scale;
+        for (slab, p) in p.chunks_exact(SLAB).enumerate() {
+            let to = &mut self.bytes[place(bits, self.k, row, first_col + slab * SLAB).0..][..SLAB * bits / 8];
+            for i in 0..to.len() {
+                to[i] = (i32::from(p[i]) + zero) as u8;
+                if bits == 4 {
+                    to[i] |= ((i32::from(p[SLAB / 2 + i]) + zero) as u8) << 4;
+                }
+            }
+        }
+    }
+}
+
+/// What cannot be packed in a group that begins at this row and column, if its scale is `scale`.
+#[inline(always)]
+pub(super) fn check_scale(scale: f16, values: &[f32], row: usize, first_col: usize) -> Result<(), String> {
+    if scale.is_finite() { Ok(()) } else { Err(unpackable(values, row, first_col)) }
+}
+
+#[cold]
+fn unpackable(values: &[f32], row: usize, first_col: usize) -> String {
+    let worst = extreme(values).to_bits();
+    let bad = values.iter().position(|w| w.to_bits() == worst).unwrap_or(0);
+    refusal(row, first_col + bad, values[bad])
+}
+
+fn refusal(row: usize, col: usize, w: f32) -> String {
+    format!("row {row}, column {col} is {w}: it cannot be packed")
+}
+
+struct PackBlock<'a> {
+    matrix: &'a Tensor,
+    /// `[k]`
+    importance: &'a [f32],
+    block: Block<'a>,
+}
+
 impl Kernel for PackBlock<'_> {
-    /// The first weight that cannot be packed, with its row and column.
-    type Output = Result<Loss, (usize, usize, f32)>;
+    type Output = Result<Loss, String>;
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> Self::Output {
-        let Self { matrix, first_row, format, bytes, scales } = self;
+        let Self { matrix, importance, mut block } = self;
         let k = matrix.row_len();
+        let Format { bits, group, .. } = block.format;
         let mut values = [0.0; LARGEST_GROUP];
         let mut p = [0i8; LARGEST_GROUP];
         let mut loss = Loss::default();
-        for row in 0..BLOCK_ROWS.min(matrix.rows() - first_row) {
-            for (g, first_col) in (0..k).step_by(format.group).enumerate() {
-                let values = &mut values[..format.group];
-                read(matrix, (first_row + row) * k + first_col, values);
-                let p = &mut p[..format.group];
-                let scale = if format.bits == 4 { round4(values, p) } else { round8(values, p) };
-                if !scale.is_finite() {
-                    let worst = extreme(values).to_bits();
-                    let bad = values.iter().position(|w| w.to_bits() == worst).unwrap_or(0);
-                    return Err((first_row + row, first_col + bad, values[bad]));
-                }
-                scales[g * BLOCK_ROWS + row] = scale;
+        for row in 0..block.n_rows {
+            for first_col in (0..k).step_by(group) {
+                let values = &mut values[..group];
+                read(matrix, (block.first_row + row) * k + first_col, values);
+                let p = &mut p[..group];
+                let scale = round(bits, values, &importance[first_col..first_col + group], p);
+                check_scale(scale, values, block.first_row + row, first_col)?;
                 loss = loss.plus(loss_of(values, p, scale.to_f32()));
-                for (slab, p) in p.chunks_exact(SLAB).enumerate() {
-                    let q = |i: usize| (i32::from(p[i]) + format.zero()) as u8;
-                    let to = &mut bytes[place(format.bits, k, row, first_col + slab * SLAB).0..][..SLAB * format.bits / 8];
-                    for i in 0..to.len() {
-                        to[i] = if format.bits == 4 { q(i) | q(SLAB / 2 + i) << 4 } else { q(i) };
-                    }
-                }
+                block.put(row, first_col, p, scale);
             }
         }
         Ok(loss)
     }
 }
 
-const LARGEST_GROUP: usize = GROUPS[GROUPS.len() - 1];
+/// Rounds a group: p = q − 2^(b−1) and its scale, which is not finite if a value cannot be packed.
+#[inline(always)]
+pub(super) fn round(bits: usize, values: &[f32], importance: &[f32], p: &mut [i8]) -> f16 {
+    if bits == 4 { round4(values, importance, p) } else { round8(values, p) }
+}
+
+/// What p is cut off at.
+#[inline(always)]
+pub(super) fn bounds(bits: usize) -> (f32, f32) {
+    if bits == 4 { (-8.0, 7.0) } else { (-127.0, 127.0) }
+}
+
+/// The nearest integer.
+#[inline(always)]
+pub(super) fn nearest(x: f32) -> f32 {
+    x + ROUND - ROUND
+}
+
+/// Columns that share a scale at most.
+pub(super) const LARGEST_GROUP: usize = GROUPS[GROUPS.len() - 1];
 
 /// Elements of a matrix from `start` on, as f32.
 #[inline(always)]
-fn read(matrix: &Tensor, start: usize, to: &mut [f32]) {
+pub(super) fn read(matrix: &Tensor, start: usize, to: &mut [f32]) {
     let range = start..start + to.len();
     match matrix.dtype() {
         DType::F32 => to.copy_from_slice(&matrix.as_slice::<f32>()[range]),
@@ -166,7 +284,7 @@ fn loss_of(values: &[f32], p: &[i8], scale: f32) -> Loss {
     Loss { error: sum(error), total: sum(total) }
 }
 
-/// The value of the largest magnitude; NaN or an infinity if there is one.
+/// The value of the largest magnitude; NaN or an infinity if there is one. Of whole lanes.
 #[inline(always)]
 fn extreme(values: &[f32]) -> f32 {
     // As bits, which order magnitudes and put NaN on top; the sign goes last, where it tells nothing apart but the two.
@@ -183,31 +301,32 @@ fn extreme(values: &[f32]) -> f32 {
 #[inline(always)]
 fn round8(values: &[f32], p: &mut [i8]) -> f16 {
     let scale = f16::from_f32(extreme(values).abs() / 127.0);
-    let inverse = inverse(scale);
+    let (inverse, (low, high)) = (inverse(scale), bounds(8));
     for (w, p) in values.iter().zip(p) {
         // What the scale lost in its own rounding may ask for one more.
-        *p = ((w * inverse).clamp(-127.0, 127.0) + ROUND - ROUND) as i8;
+        *p = nearest((w * inverse).clamp(low, high)) as i8;
     }
     scale
 }
 
 /// p = q − 8 and the scale of a group.
 #[inline(always)]
-fn round4(values: &[f32], p: &mut [i8]) -> f16 {
+fn round4(values: &[f32], importance: &[f32], p: &mut [i8]) -> f16 {
     let extreme = extreme(values);
+    let (low, high) = bounds(4);
     let (mut best, mut best_scale) = (0.0, extreme / CANDIDATES[4]);
     for candidate in CANDIDATES {
         let inverse = if extreme == 0.0 { 0.0 } else { candidate / extreme };
         let (mut wp, mut pp) = ([0.0; LANES], [0.0; LANES]);
-        for values in values.chunks_exact(LANES) {
+        for (values, h) in values.chunks_exact(LANES).zip(importance.chunks_exact(LANES)) {
             for i in 0..LANES {
-                let p = (values[i] * inverse).clamp(-8.0, 7.0) + ROUND - ROUND;
-                wp[i] += values[i] * p;
-                pp[i] += p * p;
+                let p = nearest((values[i] * inverse).clamp(low, high));
+                wp[i] += h[i] * values[i] * p;
+                pp[i] += h[i] * p * p;
             }
         }
         let (wp, pp) = (wp.iter().sum::<f32>(), pp.iter().sum::<f32>());
-        // With s = wp/pp, Σ(w − s·p)² = Σw² − wp²/pp.
+        // With s = wp/pp, Σh·(w − s·p)² = Σh·w² − wp²/pp.
         if wp * wp > best * pp {
             (best, best_scale) = (wp * wp / pp, wp / pp);
         }
@@ -215,12 +334,14 @@ fn round4(values: &[f32], p: &mut [i8]) -> f16 {
     let scale = f16::from_f32(best_scale);
     let inverse = inverse(scale);
     for (w, p) in values.iter().zip(p) {
-        *p = ((w * inverse).clamp(-8.0, 7.0) + ROUND - ROUND) as i8;
+        *p = nearest((w * inverse).clamp(low, high)) as i8;
     }
     scale
 }
 
-fn inverse(scale: f16) -> f32 {
+/// 1 / scale; of 0, which only a group of zeros has, 0.
+#[inline(always)]
+pub(super) fn inverse(scale: f16) -> f32 {
     if scale == f16::ZERO || scale == f16::NEG_ZERO { 0.0 } else { 1.0 / scale.to_f32() }
 }
 

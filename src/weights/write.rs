@@ -64,12 +64,14 @@ impl Writer {
         }
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let temporary = path.with_file_name(format!(".{name}.partial"));
-        let io = |e| Error::io(&temporary, e);
-        let file = File::create(&temporary).map_err(io)?;
-        file.write_all_at(&(header.len() as u64).to_le_bytes(), 0).map_err(io)?;
-        file.write_all_at(header.as_bytes(), size_of::<u64>() as u64).map_err(io)?;
-        file.set_len((start + end) as u64).map_err(io)?;
-        Ok(Self { path: path.to_owned(), temporary, file, missing })
+        let file = File::create(&temporary).map_err(|e| Error::io(&temporary, e))?;
+        // From here on, dropping it takes the file away.
+        let writer = Self { path: path.to_owned(), temporary, file, missing };
+        let io = |e| Error::io(&writer.temporary, e);
+        writer.file.write_all_at(&(header.len() as u64).to_le_bytes(), 0).map_err(io)?;
+        writer.file.write_all_at(header.as_bytes(), size_of::<u64>() as u64).map_err(io)?;
+        writer.file.set_len((start + end) as u64).map_err(io)?;
+        Ok(writer)
     }
 
     /// Writes the tensor `name`.
