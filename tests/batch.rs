@@ -11,7 +11,7 @@ use llava_engine::infer::kv::PageTable;
 use llava_engine::infer::lookup::MAX_DRAFT;
 use llava_engine::infer::runner::{Runner, Step};
 use llava_engine::model::Slot;
-use llava_engine::quantize::quantize;
+use llava_engine::quantize::{Method, Options, quantize};
 use llava_engine::weights::recipe::Recipe;
 use support::{Bound, assert_close, fixture, kernel_device};
 
@@ -153,8 +153,8 @@ fn what_does_not_fit_is_refused() {
 #[test]
 fn rows_of_a_draft_have_the_logits_of_single_ones() {
     let packed = tempfile::tempdir().unwrap();
-    let recipe = Recipe::of_bits(4, 32).unwrap();
-    quantize(&fixture("checkpoints/hf_mha_f32"), None, packed.path(), recipe, 1, |_, _| {}).unwrap();
+    let options = Options { recipe: Recipe::of_bits(4, 32).unwrap(), method: Method::Rtn, calibration: None, n_threads: 1 };
+    quantize(&fixture("checkpoints/hf_mha_f32"), None, packed.path(), &options, |_, _| {}).unwrap();
     let models = CHECKPOINTS.map(|name| fixture(&format!("checkpoints/{name}"))).into_iter().chain([packed.path().to_owned()]);
     for (model, device) in models.flat_map(|m| devices().map(move |d| (m.clone(), d))) {
         let mut runner = open_at(&model, device, 128, 2);

@@ -54,6 +54,20 @@ fn token_ids(output: &Output) -> serde_json::Value {
     serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()["token_ids"].take()
 }
 
+/// Guesses and a cache of 8 bits are flags of any device; what they cannot be is said before anything is opened.
+#[test]
+fn guesses_and_small_caches() {
+    let plain = generate(&["--device", "cpu"]);
+    let guessed = generate(&["--device", "cpu", "--prompt-lookup", "3"]);
+    assert_eq!(token_ids(&guessed), token_ids(&plain));
+    let usage = |output: &Output| serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()["usage"].take();
+    assert!(usage(&plain).get("drafted_tokens").is_none(), "nobody asked for guesses");
+    assert!(["drafted_tokens", "accepted_tokens"].iter().all(|key| usage(&guessed)[key].is_u64()), "{}", usage(&guessed));
+    assert_eq!(token_ids(&generate(&["--device", "cpu", "--kv-cache-dtype", "int8"])).as_array().unwrap().len(), 6);
+    refused(generate(&["--prompt-lookup", "4"]), 2, &["--prompt-lookup 4", "at most 3"]);
+    refused(generate(&["--kv-cache-dtype", "int4"]), 2, &["int4", "f32, f16, bf16 or int8"]);
+}
+
 #[test]
 fn a_gpu_that_is_not_there_is_said_in_one_line() {
     if llava_engine::cuda::Cuda::has_driver() {

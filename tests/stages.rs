@@ -194,9 +194,10 @@ fn guesses_change_no_answer() {
                 };
                 let (plain, guessed) = (answer(0), answer(MAX_DRAFT));
                 assert_eq!(guessed.token_ids, plain.token_ids, "{} ({}), {options:?}", fixture.name, case.name);
-                assert_eq!((plain.usage.drafted_tokens, guessed.text), (0, plain.text));
-                drafted[i] += guessed.usage.drafted_tokens;
-                accepted[i] += guessed.usage.accepted_tokens;
+                assert_eq!((plain.usage.drafts, guessed.text), (None, plain.text));
+                let drafts = guessed.usage.drafts.unwrap();
+                drafted[i] += drafts.drafted_tokens;
+                accepted[i] += drafts.accepted_tokens;
             }
         }
     }

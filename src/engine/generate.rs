@@ -57,6 +57,14 @@ pub struct Usage {
     pub image_tokens: usize,
     /// Tokens of the answer, the end token included.
     pub completion_tokens: usize,
+    /// Of prompt lookup, if it was asked for.
+    #[serde(flatten)]
+    pub drafts: Option<Drafts>,
+}
+
+/// What prompt lookup has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Drafts {
     /// Tokens that were guessed.
     pub drafted_tokens: usize,
     /// Those of them that were right.
@@ -149,7 +157,8 @@ impl Engine {
 
         let decode_start = Instant::now();
         let max_new_tokens = options.max_new_tokens.min(self.config().context_tokens - prompt.slots.len());
-        let mut usage = Usage { prompt_tokens: prompt.slots.len(), image_tokens: prompt.image_tokens, ..Usage::default() };
+        let drafts = (options.prompt_lookup > 0).then(Drafts::default);
+        let mut usage = Usage { prompt_tokens: prompt.slots.len(), image_tokens: prompt.image_tokens, drafts, ..Usage::default() };
         let said = self.decode(session, &mut sampler, first, max_new_tokens, options, &mut usage, on_text)?;
         let (text, token_ids, finish_reason) = said;
         let decode_ms = decode_start.elapsed().as_secs_f64() * 1e3;
@@ -219,8 +228,10 @@ impl Engine {
                     Err(Error::Cancelled) => break FinishReason::Cancelled,
                     next => next?.into(),
                 };
-                usage.drafted_tokens += draft.len();
-                usage.accepted_tokens += drawn.len() - 1;
+                if let Some(drafts) = &mut usage.drafts {
+                    drafts.drafted_tokens += draft.len();
+                    drafts.accepted_tokens += drawn.len() - 1;
+                }
             }
         };
         usage.completion_tokens = token_ids.len();

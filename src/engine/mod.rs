@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 pub use example::Example;
-pub use generate::{Answer, FinishReason, GenerateOptions, Timings, Usage};
+pub use generate::{Answer, Drafts, FinishReason, GenerateOptions, Timings, Usage};
 pub use score::{Score, log_sum_exp};
 pub use session::Session;
 use template::Template;
