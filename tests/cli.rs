@@ -252,7 +252,7 @@ fn a_model_that_is_something_else_is_told_what_it_is() {
         (gguf, &["a.gguf", "not a GGUF file"]),
         (checkpoint("base-llama"), &["base-llama", "a LLaMA without a projector"]),
         (checkpoint("clip-tower"), &["clip-tower", "a CLIP model"]),
-        (format!("{}/config.json", checkpoint("hf_mha_f32")), &["config.json", "a file: name the folder"]),
+        (format!("{}/config.json", checkpoint("hf_mha_f32")), &["config.json", "a file, and no GGUF file: name the folder"]),
         (text(&dir.path().join("missing")).to_owned(), &["missing: no such folder", "org/name"]),
         ("org/not-in-the-cache".to_owned(), &["org/not-in-the-cache", "HF_HUB_OFFLINE is set"]),
         // The base model is not beside it any more.
