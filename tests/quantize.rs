@@ -204,7 +204,7 @@ fn files_that_are_no_packed_model_are_refused() {
         assert!(code == 1 && message.contains(expected) && message.contains("q_proj"), "{i}: {code} {message}");
     }
     let mut config: Value = serde_json::from_slice(&fs::read(good.join("config.json")).unwrap()).unwrap();
-    for (key, value) in [("version", Value::from(2)), ("quant_method", Value::from("gptq"))] {
+    for (key, value) in [("version", Value::from(2)), ("quant_method", Value::from("bitsandbytes"))] {
         let before = std::mem::replace(&mut config["quantization_config"][key], value);
         fs::write(good.join("config.json"), config.to_string()).unwrap();
         let (code, message) = fail(&["inspect", "--model", good.to_str().unwrap()]);
