@@ -87,6 +87,8 @@ fn simulated_kernels_answer_as_the_cpu() {
     assert_eq!(token_ids(&generate(&["--device", "sim"])), cpu);
     // Every op once more on the CPU: no difference is found.
     assert_eq!(token_ids(&generate(&["--device", "sim", "--check-ops"])), cpu);
+    let small_cache = |flags: &[&str]| token_ids(&generate(&[&["--kv-cache-dtype", "int8"], flags].concat()));
+    assert_eq!(small_cache(&["--device", "sim", "--check-ops"]), small_cache(&["--device", "cpu"]));
 }
 
 /// The same seed draws the same tokens on every device.

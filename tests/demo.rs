@@ -34,12 +34,12 @@ fn scenes() -> Vec<Scene> {
 }
 
 fn open() -> Engine {
-    open_on(Device::Cpu, None)
+    open_on(Device::Cpu, None, None)
 }
 
-fn open_on(device: Device, dtype: Option<DType>) -> Engine {
+fn open_on(device: Device, dtype: Option<DType>, kv_dtype: Option<DType>) -> Engine {
     // The fixtures were asked in the model's training format, where `</s>` ends every answer.
-    let options = EngineOptions { device, dtype, template: Some("hf".into()), ..Default::default() };
+    let options = EngineOptions { device, dtype, kv_dtype, template: Some("hf".into()), ..Default::default() };
     Engine::open(root().join("models/demo"), &options).unwrap()
 }
 
@@ -91,7 +91,7 @@ fn the_cuda_kernels_give_the_same_answers() {
     let Some(device) = kernel_device() else { return println!("skipped: neither a GPU nor the simulator") };
     const SCENES: usize = 6;
     let scenes: Vec<_> = scenes().into_iter().filter(|s| s.image.ends_with(".png")).take(SCENES).collect();
-    let mut engines = [open(), open_on(device, Some(DType::F32)), open_on(device, Some(DType::F16))];
+    let mut engines = [open(), open_on(device, Some(DType::F32), None), open_on(device, Some(DType::F16), None)];
     let (mut same, mut all) = (0, 0);
     for scene in &scenes {
         let image = image(&fixture("demo").join(&scene.image));
@@ -123,13 +123,24 @@ fn answers_depend_on_the_picture() {
 #[test]
 fn a_small_cache_remembers() {
     let scenes = scenes();
-    let options =
-        EngineOptions { device: Device::Cpu, kv_dtype: Some(DType::I8), template: Some("hf".into()), ..Default::default() };
-    let mut engine = Engine::open(root().join("models/demo"), &options).unwrap();
+    let mut engine = open_on(Device::Cpu, None, Some(DType::I8));
     let answers: Vec<_> = scenes.iter().map(|s| ask(&mut engine, s, &image(&fixture("demo").join(&s.image)))).collect();
     let accuracy = accuracy(&scenes, &answers);
     println!("int8 cache: {:.1} % exact", 100.0 * accuracy);
     assert!(accuracy >= 0.95, "{:.1} % of the answers are exact", 100.0 * accuracy);
+}
+
+/// ... and the CUDA kernels as the CPU.
+#[test]
+fn the_cuda_kernels_have_a_small_cache_too() {
+    let Some(device) = kernel_device() else { return println!("skipped: neither a GPU nor the simulator") };
+    let mut engines =
+        [(Device::Cpu, None), (device, Some(DType::F32))].map(|(device, dtype)| open_on(device, dtype, Some(DType::I8)));
+    for scene in scenes().iter().filter(|s| s.image.ends_with(".png")).take(2) {
+        let image = image(&fixture("demo").join(&scene.image));
+        let [cpu, kernels] = engines.each_mut().map(|engine| ask(engine, scene, &image));
+        assert_eq!(cpu, kernels, "{}", scene.image);
+    }
 }
 
 /// Weights of 8 bits leave the accuracy where it was (97.5 %); of 4 bits, in groups of 32, they cost next to none (96.9 %).

@@ -276,12 +276,56 @@ fn rope_append_rotates_in_place_and_fills_the_pages() {
     let by_one = [Span { first_row: 5, n_rows: 7, past: 2, pages: pages[2] }];
     let heads = |n_heads, n_kv_heads, head_dim| Heads { n_heads, n_kv_heads, head_dim };
     for device in devices() {
-        let dtypes =
-            if device.name.starts_with("cpu") { vec![DType::F32, DType::F16, DType::Bf16, DType::I8] } else { vec![device.dtype] };
-        for dtype in dtypes {
+        let is_cpu = device.name.starts_with("cpu");
+        let floats = if is_cpu { vec![DType::F32, DType::F16, DType::Bf16] } else { vec![device.dtype] };
+        for dtype in [floats, vec![DType::I8]].concat() {
             for heads in [heads(4, 2, 8), heads(1, 1, 16), heads(3, 1, 24), heads(2, 2, 80), heads(8, 8, 128)] {
                 Rope { heads, page_tokens: 4, dtype, spans: &by_fours }.check(&device);
                 Rope { heads, page_tokens: 1, dtype, spans: &by_one }.check(&device);
+            }
+        }
+    }
+}
+
+/// Integers and scales of keys and values are those of [`kv::quantize`] to the last bit, where it has special cases too.
+#[test]
+fn rope_append_rounds_what_is_no_number_or_tiny_as_the_cpu_does() {
+    let heads = Heads { n_heads: 1, n_kv_heads: 1, head_dim: 16 };
+    for device in devices() {
+        let of = |values: [f32; 3]| (0..16).map(move |i| if i == 11 { values[0] } else { values[1 + i % 2] });
+        let heads_of_values: Vec<f32> = [
+            [f32::NAN, 1.0, 2.0],
+            [f32::NEG_INFINITY, -1.0, 0.0],
+            [1e-38, 0.0, -5e-39],
+            [3e-37, 0.0, -2e-38],
+            [0.0; 3],
+            [-3.0, 1.5, 0.25],
+        ]
+        .into_iter()
+        .flat_map(of)
+        .collect();
+        let values = device.round(&heads_of_values);
+        let rows = values.chunks(16).map(|v| [&[1.0; 16], v, v].concat()).collect::<Vec<_>>();
+        let n = rows.len();
+        let mut qkv = device.put(&[n, 48], &rows.concat());
+        // Angles of zero: keys are kept as they are.
+        let rope = RopeTable { cos: device.put_f32(&[n, 8], &vec![1.0; n * 8]), sin: device.put_f32(&[n, 8], &vec![0.0; n * 8]) };
+        let mut kv = KvLayer::new(&*device.ops, 1, n, heads, DType::I8).unwrap();
+        let span = Span { first_row: 0, n_rows: n, past: 0, pages: &[0] };
+        device.ops.rope_append(&mut qkv, &mut kv, &rope, &[span], heads).unwrap();
+        let kv = kv.map(|t| device.ops.to_host(t)).unwrap();
+        let scales = kv.scales.as_ref().unwrap();
+        for (what, cache, scales, is_key) in [("keys", &kv.k, &scales[0], true), ("values", &kv.v, &scales[1], false)] {
+            for (row, x) in values.chunks(16).enumerate() {
+                // One infinity makes two keys of no number: ∞·0.
+                let mut q = [0; 16];
+                let scale = kv::quantize(x, &mut q);
+                let what = format!("{what} of row {row} on {}", device.name);
+                let got = scales.as_slice::<f32>()[row];
+                assert!(got == scale || got.is_nan() && scale.is_nan(), "{what}: {got}, not {scale}");
+                if scale.is_finite() || !is_key {
+                    assert_eq!(cache.as_slice::<i8>()[row * 16..][..16], q, "{what}");
+                }
             }
         }
     }

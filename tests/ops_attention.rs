@@ -4,7 +4,8 @@ mod reference;
 mod support;
 
 use llava_engine::dtype::DType;
-use llava_engine::ops::{Heads, KvLayer, KvSource, Span};
+use llava_engine::ops::{Heads, KvLayer, KvSource, Span, kv};
+use llava_engine::tensor::Tensor;
 use reference::attention::{Sequence, exact};
 use reference::{Errors, random};
 use support::devices::{TestDevice, devices, kernel_devices, rounded};
@@ -23,6 +24,8 @@ struct Case {
     page_tokens: Option<usize>,
     /// Size of queries and keys: what scores grow with.
     size: f32,
+    /// Whether the cache has 8 bits.
+    is_i8: bool,
 }
 
 fn heads(n_heads: usize, n_kv_heads: usize, head_dim: usize) -> Heads {
@@ -31,7 +34,7 @@ fn heads(n_heads: usize, n_kv_heads: usize, head_dim: usize) -> Heads {
 
 /// A case of common size.
 fn case(sequences: &[(usize, usize)], heads: Heads, causal: bool, page_tokens: Option<usize>) -> Case {
-    Case { sequences: sequences.to_vec(), heads, causal, page_tokens, size: 3.0 }
+    Case { sequences: sequences.to_vec(), heads, causal, page_tokens, size: 3.0, is_i8: false }
 }
 
 /// The op step by step: scores and softmax in f32, probabilities in `dtype` before they meet V, as on tensor cores, and the result in it.
@@ -58,6 +61,43 @@ fn naive(s: &Sequence<'_>, visible: impl Fn(usize) -> usize, dtype: DType) -> Ve
     out
 }
 
+/// Keys, or values, of a cache: full of NaN, but for what was put there.
+struct Pages {
+    /// `[n_pages, n_kv_heads, page_tokens, head_dim]`
+    shape: [usize; 4],
+    values: Vec<f32>,
+    ints: Vec<i8>,
+    scales: Vec<f32>,
+}
+
+impl Pages {
+    fn new(shape: [usize; 4]) -> Self {
+        let len: usize = shape.iter().product();
+        Self { shape, values: vec![f32::NAN; len], ints: vec![i8::MAX; len], scales: vec![f32::NAN; len / shape[3]] }
+    }
+
+    /// Puts a token's numbers of one head in slot `slot`; with 8 bits they become what it holds.
+    fn put(&mut self, slot: usize, x: &mut [f32], is_i8: bool) {
+        let place = slot * x.len()..(slot + 1) * x.len();
+        if is_i8 {
+            let q = &mut self.ints[place.clone()];
+            let scale = kv::quantize(x, q);
+            self.scales[slot] = scale;
+            x.iter_mut().zip(q).for_each(|(x, q)| *x = scale * f32::from(*q));
+        }
+        self.values[place].copy_from_slice(x);
+    }
+
+    /// Elements and scales on a device.
+    fn tensors(&self, device: &TestDevice, is_i8: bool) -> (Tensor, Option<Tensor>) {
+        if !is_i8 {
+            return (device.put(&self.shape, &self.values), None);
+        }
+        let ints = device.ops.upload(Tensor::from_slice(&self.shape, &self.ints)).unwrap();
+        (ints, Some(device.put_f32(&self.shape[..3], &self.scales)))
+    }
+}
+
 /// A [`Span`] that has its pages.
 struct OwnedSpan {
     first_row: usize,
@@ -78,9 +118,8 @@ struct Prepared {
     qkv: Vec<f32>,
     spans: Vec<OwnedSpan>,
     n_rows: usize,
-    cache_shape: [usize; 4],
-    k_pages: Vec<f32>,
-    v_pages: Vec<f32>,
+    k_pages: Pages,
+    v_pages: Pages,
     exact: Vec<f64>,
     naive: Vec<f32>,
 }
@@ -102,9 +141,8 @@ impl Case {
             qkv: vec![f32::NAN; n_rows * width],
             spans: Vec::new(),
             n_rows,
-            cache_shape,
-            k_pages: vec![f32::NAN; cache_shape.iter().product()],
-            v_pages: vec![f32::NAN; cache_shape.iter().product()],
+            k_pages: Pages::new(cache_shape),
+            v_pages: Pages::new(cache_shape),
             exact: Vec::new(),
             naive: Vec::new(),
         };
@@ -112,7 +150,7 @@ impl Case {
         for (i, &(past, rows)) in self.sequences.iter().enumerate() {
             let (context, seed) = (past + rows, 10 * i as u64);
             let q = noise(rows * qw, self.size, seed);
-            let (k, v) = (noise(context * kvw, self.size, seed + 1), noise(context * kvw, 1.0, seed + 2));
+            let (mut k, mut v) = (noise(context * kvw, self.size, seed + 1), noise(context * kvw, 1.0, seed + 2));
             for row in 0..rows {
                 p.qkv[(first_row + row) * width..][..qw].copy_from_slice(&q[row * qw..][..qw]);
             }
@@ -125,16 +163,20 @@ impl Case {
                     continue;
                 }
                 for head in 0..n_kv_heads {
-                    let to = ((pages[t / page_tokens] as usize * n_kv_heads + head) * page_tokens + t % page_tokens) * d;
+                    let slot = (pages[t / page_tokens] as usize * n_kv_heads + head) * page_tokens + t % page_tokens;
                     let from = t * kvw + head * d;
-                    p.k_pages[to..][..d].copy_from_slice(&k[from..][..d]);
-                    p.v_pages[to..][..d].copy_from_slice(&v[from..][..d]);
+                    p.k_pages.put(slot, &mut k[from..][..d], self.is_i8);
+                    p.v_pages.put(slot, &mut v[from..][..d], self.is_i8);
                 }
             }
             let sequence = Sequence { q: &q, k: &k, v: &v, n_heads, n_kv_heads, head_dim: d };
             let visible = |row| if self.causal { past + row + 1 } else { context };
             p.exact.extend(exact(&sequence, visible));
-            p.naive.extend(naive(&sequence, visible, dtype));
+            // Kernels for several rows bring integers to the dtype of activations.
+            let is_widened = self.is_i8 && self.sequences.iter().any(|(_, rows)| *rows != 1);
+            let [wide_k, wide_v] =
+                [&k, &v].map(|x| x.iter().map(|&x| if is_widened { rounded(x, dtype) } else { x }).collect::<Vec<_>>());
+            p.naive.extend(naive(&Sequence { k: &wide_k, v: &wide_v, ..sequence }, visible, dtype));
             p.spans.push(OwnedSpan { first_row, n_rows: rows, past, pages });
             first_row += rows + 1;
         }
@@ -147,10 +189,9 @@ impl Case {
         let spans: Vec<Span<'_>> = p.spans.iter().map(OwnedSpan::borrowed).collect();
         let mut out = device.put(&[p.n_rows, qw], &vec![SENTINEL; p.n_rows * qw]);
         let qkv = device.put(&[p.n_rows, self.heads.qkv_width()], &p.qkv);
-        let layer = self.page_tokens.map(|_| KvLayer {
-            k: device.put(&p.cache_shape, &p.k_pages),
-            v: device.put(&p.cache_shape, &p.v_pages),
-            scales: None,
+        let layer = self.page_tokens.map(|_| {
+            let [(k, k_scales), (v, v_scales)] = [&p.k_pages, &p.v_pages].map(|pages| pages.tensors(device, self.is_i8));
+            KvLayer { k, v, scales: k_scales.zip(v_scales).map(|(k, v)| [k, v]) }
         });
         let source = layer.as_ref().map_or(KvSource::Own, KvSource::Paged);
         device
@@ -160,7 +201,15 @@ impl Case {
         device.get(&out)
     }
 
+    /// With a cache in the dtype of activations and in 8 bits, if there is one.
     fn check(&self, devices: &[TestDevice]) {
+        self.check_as_it_is(devices);
+        if self.page_tokens.is_some() {
+            Self { is_i8: true, ..self.clone() }.check_as_it_is(devices);
+        }
+    }
+
+    fn check_as_it_is(&self, devices: &[TestDevice]) {
         for dtype in [DType::F32, DType::F16, DType::Bf16] {
             let devices: Vec<_> = devices.iter().filter(|d| d.dtype == dtype).collect();
             if devices.is_empty() {
@@ -259,12 +308,15 @@ fn large_scores_do_not_overflow() {
 fn results_are_the_same_from_run_to_run() {
     // Also: the counters of arrivals are back at zero, whatever the lengths were.
     for device in kernel_devices() {
-        let (long, short) = (case(&[(576, 1)], heads(2, 1, 64), true, Some(64)), case(&[(64, 1)], heads(2, 1, 64), true, Some(64)));
-        let (prepared_long, prepared_short) = (long.prepare(device.dtype), short.prepare(device.dtype));
-        let first = (long.run(&prepared_long, &device), short.run(&prepared_short, &device));
-        for _ in 0..3 {
-            let again = (long.run(&prepared_long, &device), short.run(&prepared_short, &device));
-            assert_eq!(first, again, "{}", device.name);
+        for is_i8 in [false, true] {
+            let of = |past| Case { is_i8, ..case(&[(past, 1)], heads(2, 1, 64), true, Some(64)) };
+            let (long, short) = (of(576), of(64));
+            let (prepared_long, prepared_short) = (long.prepare(device.dtype), short.prepare(device.dtype));
+            let first = (long.run(&prepared_long, &device), short.run(&prepared_short, &device));
+            for _ in 0..3 {
+                let again = (long.run(&prepared_long, &device), short.run(&prepared_short, &device));
+                assert_eq!(first, again, "{}", device.name);
+            }
         }
     }
 }

@@ -1,4 +1,7 @@
-//! Launches of `kernels/attention.cu` and `kernels/attention_decode.cu`.
+//! Launches of `kernels/attention.cu`, `kernels/attention_decode.cu` and `kernels/widen.cu`.
+//!
+//! A cache of 8 bits is read as it is where one row a sequence meets it. Where more do, the pages of the sequences at hand are brought to the
+//! dtype of activations first, in memory that all layers share.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -8,17 +11,20 @@ use super::launch::{Kernel, address, int};
 use super::memory::Allocation;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{Heads, KvSource, Span, check};
+use crate::ops::{Heads, KvLayer, KvSource, Span, check};
 use crate::tensor::Tensor;
 
-/// Threads of a block, of both kernels.
+/// Threads of a block, of all kernels.
 const THREADS: usize = 128;
 /// The widest head that there are kernels for.
-const MAX_HEAD_DIM: usize = 256;
+pub(super) const MAX_HEAD_DIM: usize = 256;
 /// Blocks for each multiprocessor that splitting a context aims at: fewer leave memory waiting, more only make parts to be merged.
 const DECODE_BLOCKS: usize = 4;
 /// Tokens below which a part of a context is not worth a block: twice what a block has under way at a head of 128.
 const SPLIT_TOKENS: usize = 64;
+
+/// Numbers of a thread of `widen_cache_fwd`.
+const WIDEN_PART: usize = 8;
 
 /// Head widths up to which there is a kernel, and the kernel.
 const WIDTHS: [(usize, Kernel); 5] = [
@@ -44,6 +50,11 @@ fn tile(dtype: DType, width: usize) -> (usize, usize) {
 #[derive(Default)]
 pub(super) struct Workspace(Mutex<Option<Allocation>>);
 
+/// Keys and values of one layer's pages in the dtype of activations. It is as large as the cache of a layer, so that it does not move while
+/// contexts grow; launches are done in order, so all layers share it.
+#[derive(Default)]
+pub(super) struct Widened(Mutex<Option<[Tensor; 2]>>);
+
 impl Cuda {
     /// [`Ops::attention`](crate::ops::Ops::attention)
     pub(super) fn attention(
@@ -63,17 +74,23 @@ impl Cuda {
             return Err(Error::shape(OP, "head_dim", format!("a multiple of 8 up to {MAX_HEAD_DIM}"), heads.head_dim));
         }
         let qkv_ptr = address(OP, "qkv", qkv)?;
-        let (k, v, page_tokens) = match kv {
+        // Where keys, values and the scales of both are.
+        let (cache, scales, page_tokens) = match kv {
             KvSource::Own => {
                 if let Some(span) = spans.iter().find(|span| span.past != 0) {
                     return Err(Error::shape(OP, "past of a span without a cache", 0, span));
                 }
-                (qkv_ptr, qkv_ptr, 0)
+                ([qkv_ptr; 2], None, 0)
             }
             KvSource::Paged(layer) => {
-                check::dtype(OP, "key cache", &layer.k, self.dtype)?;
-                check::dtype(OP, "value cache", &layer.v, self.dtype)?;
-                (address(OP, "key cache", &layer.k)?, address(OP, "value cache", &layer.v)?, layer.page_tokens())
+                let kept = if layer.scales.is_some() { DType::I8 } else { self.dtype };
+                check::dtype(OP, "key cache", &layer.k, kept)?;
+                check::dtype(OP, "value cache", &layer.v, kept)?;
+                let scales = layer.scales.as_ref();
+                let scales =
+                    scales.map(|[k, v]| Ok::<_, Error>([address(OP, "scales", k)?, address(OP, "scales", v)?])).transpose()?;
+                let cache = [address(OP, "key cache", &layer.k)?, address(OP, "value cache", &layer.v)?];
+                (cache, scales, layer.page_tokens())
             }
         };
         let n_rows = spans.iter().map(|span| span.n_rows).max().unwrap_or(0);
@@ -90,27 +107,45 @@ impl Cuda {
             int(OP, "tokens of a page", page_tokens)?,
         ];
         let out_ptr = Arg::Ptr(address(OP, "out", out)?);
-        let pointers = [qkv_ptr, k, v].map(Arg::Ptr);
         let (arrivals, parts) = self.decode.addresses(self)?;
+        let is_decode = page_tokens > 0 && spans.iter().all(|span| span.n_rows == 1);
+        let widened = match (kv, scales) {
+            (KvSource::Paged(layer), Some(_)) if !is_decode => Some(self.widened.addresses(self, layer)?),
+            _ => None,
+        };
         self.with_spans(OP, spans, qkv.rows(), |table| {
             let tables = [table.spans, table.pages].map(Arg::Ptr);
-            if page_tokens > 0 && spans.iter().all(|span| span.n_rows == 1) {
+            let queries = Arg::Ptr(qkv_ptr);
+            if is_decode {
                 let context = spans.iter().map(|span| span.past + 1).max().unwrap_or(1);
                 let n_splits = self.n_splits(spans.len() * heads.n_heads, context);
-                let mut args = vec![out_ptr, Arg::Ptr(parts), Arg::Ptr(arrivals)];
-                args.extend(pointers.into_iter().chain(tables).chain(sizes));
+                let kernel = if scales.is_some() { Kernel::AttentionDecodeI8 } else { Kernel::AttentionDecode };
+                let mut args = vec![out_ptr, Arg::Ptr(parts), Arg::Ptr(arrivals), queries];
+                args.extend(cache.into_iter().chain(scales.into_iter().flatten()).map(Arg::Ptr));
+                args.extend(tables.into_iter().chain(sizes));
                 args.push(Arg::Float(scale_log2));
                 let shared_bytes = THREADS / 32 * (heads.head_dim + 2) * 4 + 4;
                 let grid = Grid { blocks: [n_splits, heads.n_heads, spans.len()], threads: THREADS, shared_bytes };
                 // SAFETY: the arguments are the kernel's; spans lie within qkv and out and their pages within the cache (just checked), and
                 // the workspace has room for `n_splits` parts (`n_splits` says why).
-                return unsafe { self.launch(Kernel::AttentionDecode, grid, &args) };
+                return unsafe { self.launch(kernel, grid, &args) };
+            }
+            if let (Some(wide), Some(scales)) = (widened, scales) {
+                let n_pages: usize = spans.iter().map(|span| span.pages.len()).sum();
+                let page_slots = page_tokens * heads.n_kv_heads;
+                let mut args: Vec<_> = [wide, cache, scales].concat().into_iter().map(Arg::Ptr).collect();
+                args.extend([Arg::Ptr(table.pages), int(OP, "tokens and heads of a page", page_slots)?, sizes[2]]);
+                let parts = (page_slots * heads.head_dim / WIDEN_PART).div_ceil(THREADS);
+                let grid = Grid { blocks: [n_pages, parts, 2], threads: THREADS, shared_bytes: 0 };
+                // SAFETY: the arguments are the kernel's; the pages lie within the cache (just checked), and within what is widened, which is
+                // as large.
+                unsafe { self.launch(Kernel::WidenCache, grid, &args)? };
             }
             let fits = |&&(width, _): &&(usize, Kernel)| heads.head_dim <= width;
             let &(width, kernel) = WIDTHS.iter().find(fits).expect("head_dim was checked");
             let (rows, shared_bytes) = tile(self.dtype, width);
-            let mut args = vec![out_ptr];
-            args.extend(pointers.into_iter().chain(tables).chain(sizes));
+            let mut args = vec![out_ptr, queries];
+            args.extend(widened.unwrap_or(cache).map(Arg::Ptr).into_iter().chain(tables).chain(sizes));
             args.extend([Arg::Int(i32::from(causal)), Arg::Float(scale_log2)]);
             let grid = Grid { blocks: [n_rows.div_ceil(rows), heads.n_heads, spans.len()], threads: THREADS, shared_bytes };
             // SAFETY: as above; the kernel has no workspace.
@@ -143,5 +178,20 @@ impl Workspace {
         }
         let ptr = memory.as_ref().expect("it was just made").ptr;
         Ok((ptr, ptr.offset(counter_bytes)))
+    }
+}
+
+impl Widened {
+    /// Where keys and values of `layer` have place.
+    fn addresses(&self, cuda: &Cuda, layer: &KvLayer) -> Result<[DevicePtr; 2]> {
+        let len = layer.k.len();
+        // What panicked left it whole.
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if memory.as_ref().is_none_or(|[k, _]| k.len() < len) {
+            *memory = None;
+            *memory = Some([cuda.zeros(&[len], cuda.dtype)?, cuda.zeros(&[len], cuda.dtype)?]);
+        }
+        let [k, v] = memory.as_ref().expect("it is there, or was just made");
+        Ok([address("attention", "widened keys", k)?, address("attention", "widened values", v)?])
     }
 }

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::Cuda;
+use super::attention::MAX_HEAD_DIM;
 use super::driver::{Arg, Grid};
 use super::launch::{Kernel, address, int};
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{Heads, KvLayer, RopeTable, RowCopy, Span, check};
 use crate::tensor::Tensor;
 
@@ -121,13 +122,10 @@ impl Cuda {
         const OP: &str = "rope_append";
         check::rope_append(qkv, kv, rope, spans, heads)?;
         let (own, f32) = (self.dtype, DType::F32);
-        let operands = [
-            ("qkv", &*qkv, own),
-            ("key cache", &kv.k, own),
-            ("value cache", &kv.v, own),
-            ("cos", &rope.cos, f32),
-            ("sin", &rope.sin, f32),
-        ];
+        let kept = if kv.scales.is_some() { DType::I8 } else { own };
+        let mut operands = vec![("qkv", &*qkv, own), ("key cache", &kv.k, kept), ("value cache", &kv.v, kept)];
+        operands.extend(kv.scales.iter().flatten().map(|scales| ("scales of the cache", scales, f32)));
+        operands.extend([("cos", &rope.cos, f32), ("sin", &rope.sin, f32)]);
         let mut args = Vec::new();
         for (what, tensor, dtype) in operands {
             check::dtype(OP, what, tensor, dtype)?;
@@ -144,13 +142,18 @@ impl Cuda {
             return Ok(());
         }
         let vectors = (heads.head_dim / 2).div_ceil(self.vector());
-        let parts = ((heads.n_heads + 2 * heads.n_kv_heads) * vectors).div_ceil(THREADS);
+        let (kernel, lanes) = match kv.scales {
+            None => (Kernel::RopeAppend, vectors),
+            Some(_) if heads.head_dim <= MAX_HEAD_DIM => (Kernel::RopeAppendI8, vectors.next_power_of_two()),
+            Some(_) => return Err(Error::shape(OP, "head_dim", format!("up to {MAX_HEAD_DIM}"), heads.head_dim)),
+        };
+        let parts = ((heads.n_heads + 2 * heads.n_kv_heads) * lanes).div_ceil(THREADS);
         self.with_spans(OP, spans, qkv.rows(), |table| {
             args.extend([table.spans, table.row_span, table.pages].map(Arg::Ptr));
             args.extend(sizes);
             // SAFETY: the arguments are the kernel's; the spans' rows are within qkv, their positions within the tables of angles and
             // their pages, and those within the cache (just checked).
-            unsafe { self.launch(Kernel::RopeAppend, grid(qkv.rows(), parts), &args) }
+            unsafe { self.launch(kernel, grid(qkv.rows(), parts), &args) }
         })
     }
 

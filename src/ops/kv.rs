@@ -29,7 +29,8 @@ pub fn quantize(x: &[f32], q: &mut [i8]) -> f32 {
         return f32::NAN;
     }
     let scale = largest / 127.0;
-    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    // Of a scale below the normal numbers there may be no inverse: then all are zero.
+    let inverse = if scale >= f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 };
     q.iter_mut().zip(x).for_each(|(q, x)| *q = (x * inverse).round_ties_even().clamp(-127.0, 127.0) as i8);
     scale
 }
@@ -97,6 +98,7 @@ mod tests {
         assert_eq!(quantize(&[0.0, 1.0, -2.54, 0.031], &mut q), 0.02);
         assert_eq!(q, [0, 50, -127, 2]);
         assert_eq!((quantize(&[0.0; 4], &mut q), q), (0.0, [0; 4]));
+        assert_eq!((quantize(&[1e-38, 0.0, -1e-38, 0.0], &mut q), q), (1e-38 / 127.0, [0; 4]));
         for bad in [f32::NAN, f32::INFINITY] {
             assert!(quantize(&[1.0, bad, 0.0, 0.0], &mut q).is_nan() && q.iter().all(|&q| q != 0));
         }
