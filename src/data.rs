@@ -223,7 +223,7 @@ mod tests {
 
     #[test]
     fn rows_are_taken_evenly() {
-        let text = format!("[{}]", vec![TEXT_ONLY; 10].join(","));
+        let text = format!("[{}]", [TEXT_ONLY; 10].join(","));
         let numbers = |n| read_text(&text, n).unwrap().iter().map(|row| row.number).collect::<Vec<_>>();
         assert_eq!(numbers(1), [1]);
         assert_eq!(numbers(3), [1, 5, 8]);
