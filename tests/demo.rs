@@ -67,6 +67,14 @@ fn accuracy(scenes: &[Scene], answers: &[Vec<String>]) -> f64 {
     right as f64 / pairs.count() as f64
 }
 
+/// Asks all questions, and checks that at least a share of `bound` is answered exactly.
+fn assert_accurate(what: &str, engine: &mut Engine, scenes: &[Scene], bound: f64) {
+    let answers: Vec<_> = scenes.iter().map(|s| ask(engine, s, &image(&fixture("demo").join(&s.image)))).collect();
+    let accuracy = accuracy(scenes, &answers);
+    println!("{what}: {:.1} % exact", 100.0 * accuracy);
+    assert!(accuracy >= bound, "{what}: {:.1} % of the answers are exact", 100.0 * accuracy);
+}
+
 #[test]
 fn answers_are_those_of_transformers_and_right() {
     let (mut engine, scenes) = (open(), scenes());
@@ -124,10 +132,7 @@ fn answers_depend_on_the_picture() {
 fn a_small_cache_remembers() {
     let scenes = scenes();
     let mut engine = open_on(Device::Cpu, None, Some(DType::I8));
-    let answers: Vec<_> = scenes.iter().map(|s| ask(&mut engine, s, &image(&fixture("demo").join(&s.image)))).collect();
-    let accuracy = accuracy(&scenes, &answers);
-    println!("int8 cache: {:.1} % exact", 100.0 * accuracy);
-    assert!(accuracy >= 0.95, "{:.1} % of the answers are exact", 100.0 * accuracy);
+    assert_accurate("int8 cache", &mut engine, &scenes, 0.95);
 }
 
 /// ... and the CUDA kernels as the CPU.
@@ -154,9 +159,6 @@ fn quantized_models_see_too() {
         quantize(&root().join("models/demo"), None, dir.path(), &options, |_, _| {}).unwrap();
         let options = EngineOptions { device: Device::Cpu, template: Some("hf".into()), ..Default::default() };
         let mut engine = Engine::open(dir.path(), &options).unwrap();
-        let answers: Vec<_> = scenes.iter().map(|s| ask(&mut engine, s, &image(&fixture("demo").join(&s.image)))).collect();
-        let accuracy = accuracy(&scenes, &answers);
-        println!("int{bits}: {:.1} % exact", 100.0 * accuracy);
-        assert!(accuracy >= bound, "int{bits}: {:.1} % of the answers are exact", 100.0 * accuracy);
+        assert_accurate(&format!("int{bits}"), &mut engine, &scenes, bound);
     }
 }

@@ -16,7 +16,7 @@ use super::attention_blocks::softmax;
 use super::pool::Disjoint;
 use super::pool::Pool;
 use super::scratch::{padded, with_scratch};
-use super::simd::{Isa, Kernel, MAX_LANES, Simd, Stored};
+use super::simd::{Isa, Kernel, LINE, MAX_LANES, Simd, Stored};
 use crate::ops::Span;
 
 /// Tokens of the context in a task.
@@ -27,8 +27,6 @@ const KEYS: usize = 64;
 const QUERIES: usize = 4;
 /// Vectors of an output row that are summed at a time.
 const OUT_VECTORS: usize = 8;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Attention of these spans.
 pub fn attend<E: Stored>(isa: Isa, pool: &Pool, op: &Attention<'_>, kv: Kv<'_, E>, spans: &[&Span<'_>]) {

@@ -21,7 +21,7 @@ use half::f16;
 use super::matmul::{Output, SKINNY};
 use super::pool::{Disjoint, Pool};
 use super::scratch::{carve, padded, with_scratch};
-use super::simd::{Isa, Kernel, Simd, Stored};
+use super::simd::{Isa, Kernel, LINE, Simd, Stored};
 use crate::ops::Packed;
 use crate::ops::packed::{BLOCK_ROWS, SLAB};
 
@@ -37,8 +37,6 @@ const STREAM_BYTES: usize = 128 << 10;
 const STREAMS: usize = 4;
 /// Tasks for each thread that are left, so that threads end together.
 const TASKS: usize = 4;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 /// Lines of the largest slab.
 const MAX_SLAB_LINES: usize = BLOCK_ROWS * SLAB / LINE;
 /// The largest |p|.

@@ -20,6 +20,8 @@ pub use scalar::Scalar;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 
+/// Bytes of a cache line, which is what [`Simd::prefetch`] asks for.
+pub const LINE: usize = 64;
 /// The most lanes of any [`Simd::V`].
 pub const MAX_LANES: usize = 16;
 /// Vectors side by side in a tile of a matrix product; a tile is `NV * LANES` wide.
