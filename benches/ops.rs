@@ -25,7 +25,7 @@ fn main() {
     for case in linears.chain(packed).chain(common::attentions(&dtypes)).chain(common::small_ops()) {
         let mut group = criterion.benchmark_group(case.op);
         group.throughput(match case.work {
-            Work::Flops(n) | Work::IntOps(n) => Throughput::Elements(n as u64),
+            Work::Flops(n) | Work::Bf16Flops(n) | Work::IntOps(n) => Throughput::Elements(n as u64),
             Work::Bytes(n) => Throughput::Bytes(n as u64),
         });
         // Criterion calls this several times, or never if the filter leaves the case out.

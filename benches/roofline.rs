@@ -51,13 +51,14 @@ impl Bench {
     /// Prints how fast an op is, and how near to the peak.
     fn report(&self, name: &str, case: &Case) {
         let probe = || match case.work {
-            Work::Flops(_) => probe::fma_once(self.isa, &self.pool),
+            Work::Bf16Flops(_) if self.isa == Isa::Avx512Bf16 => probe::dpbf16_once(self.isa, &self.pool),
+            Work::Flops(_) | Work::Bf16Flops(_) => probe::fma_once(self.isa, &self.pool),
             Work::IntOps(_) => probe::int8_once(self.isa, &self.pool),
             Work::Bytes(_) => probe::read_once(&self.pool, &self.stream),
         };
         // What bytes bound is over too soon to be timed alone.
         let (unit, work, calls) = match case.work {
-            Work::Flops(n) => ("GFLOP/s", n, 1),
+            Work::Flops(n) | Work::Bf16Flops(n) => ("GFLOP/s", n, 1),
             Work::IntOps(n) => ("GOP/s", n, 1),
             Work::Bytes(n) => ("GB/s", n, STREAM_BYTES.div_ceil(n)),
         };

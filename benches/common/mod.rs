@@ -25,6 +25,8 @@ const PAGE_TOKENS: usize = 64;
 pub enum Work {
     /// Floating-point operations, a fused multiply-add counted as two.
     Flops(usize),
+    /// The same, of which the matrix is bf16.
+    Bf16Flops(usize),
     /// The same, of integers.
     IntOps(usize),
     /// Bytes that are read and written at least: weights and cache where they outweigh the activations by far, else each operand once.
@@ -68,7 +70,8 @@ pub fn cpu() -> Cpu {
 
 /// Linear layers of an image (577 tokens), a prompt (640), a short one (32), and of decoding (1, 4, 8).
 pub fn linears(dtype: DType) -> Vec<Case> {
-    let flops = MANY.map(|(tokens, n, k)| linear(tokens, n, k, dtype, Work::Flops(2 * tokens * n * k)));
+    let flops = if dtype == DType::Bf16 { Work::Bf16Flops } else { Work::Flops };
+    let flops = MANY.map(|(tokens, n, k)| linear(tokens, n, k, dtype, flops(2 * tokens * n * k)));
     let bytes = FEW.map(|(tokens, n, k)| linear(tokens, n, k, dtype, Work::Bytes(n * k * dtype.size())));
     flops.into_iter().chain(bytes).collect()
 }
@@ -116,7 +119,7 @@ fn packed_linear(tokens: usize, n: usize, k: usize, bits: usize, work: Work) -> 
 fn linear_of(tokens: usize, n: usize, k: usize, storage: &str, work: Work, matrix: impl Fn(&dyn Ops) -> Matrix + 'static) -> Case {
     Case::new("linear", format!("{tokens}x{n}x{k} {storage}"), work, move |ops| {
         let copies = match work {
-            Work::Flops(_) | Work::IntOps(_) => 1,
+            Work::Flops(_) | Work::Bf16Flops(_) | Work::IntOps(_) => 1,
             Work::Bytes(bytes) => STREAM_BYTES.div_ceil(bytes),
         };
         let weights: Vec<Weight> = (0..copies).map(|_| Weight::of(vec![matrix(ops)]).unwrap()).collect();

@@ -36,7 +36,7 @@ pub fn fma_gflops(isa: Isa, pool: &Pool) -> f64 {
 
 /// GFLOP/s of bf16 dot products in registers, by all threads; none if the instruction set has none.
 pub fn dpbf16_gflops(isa: Isa, pool: &Pool) -> Option<f64> {
-    (isa == Isa::Avx512Bf16).then(|| best(|| arithmetic(isa, pool, Multiply::<DOT_BF16>) * 4.0))
+    (isa == Isa::Avx512Bf16).then(|| best(|| dpbf16_once(isa, pool)))
 }
 
 /// GFLOP/s (billions of multiplications and additions) of the dot products of bytes that 4-bit weights take, in registers, by all threads.
@@ -56,6 +56,11 @@ pub fn read_once(pool: &Pool, buffer: &[f32]) -> f64 {
 /// Keeps all threads busy with fused multiply-adds for some milliseconds. Returns the operations, two for each.
 pub fn fma_once(isa: Isa, pool: &Pool) -> f64 {
     arithmetic(isa, pool, Multiply::<FMA>) * 2.0
+}
+
+/// As [`fma_once`], with bf16 dot products, which `isa` must have.
+pub fn dpbf16_once(isa: Isa, pool: &Pool) -> f64 {
+    arithmetic(isa, pool, Multiply::<DOT_BF16>) * 4.0
 }
 
 /// As [`fma_once`], with dot products of bytes.
@@ -123,14 +128,14 @@ impl<const WHAT: u8> Kernel for Multiply<WHAT> {
         // SAFETY: the caller's.
         unsafe {
             if WHAT == DOT_BYTES {
-                let bytes = [3u8; 64];
-                let mut sums = [S::zero4(); CHAINS];
                 // Nothing is known of these, so that no two chains and no two steps share a product.
+                let bytes = black_box([3u8; 16 * 64]);
+                let mut sums = [S::zero4(); CHAINS];
                 let x = [S::repeat_bytes::<16>(bytes.as_ptr().cast()); CHAINS / 3].map(black_box);
-                for _ in 0..STEPS {
-                    let w = [S::load_bytes(bytes.as_ptr()); 3].map(black_box);
+                for step in 0..STEPS {
                     for (i, sum) in sums.iter_mut().enumerate() {
-                        *sum = S::dot4(*sum, w[i % 3], x[i / 3]);
+                        let w = S::load_bytes(bytes.as_ptr().add((step + i % 3) % 16 * 4 * S::LANES));
+                        *sum = S::dot4(*sum, w, x[i / 3]);
                     }
                 }
                 for sum in sums {

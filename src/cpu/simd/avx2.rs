@@ -258,6 +258,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn rows4<const N: usize>(_sums: &[Self::Sums4; N]) -> __m256 {
+        unreachable!("there are 8 lanes")
+    }
+
+    #[inline(always)]
+    unsafe fn rows8<const N: usize>(_sums: &[Self::Sums8; N]) -> __m256 {
+        unreachable!("there are 8 lanes")
+    }
+
+    #[inline(always)]
     unsafe fn spread<const N: usize>(p: *const f32) -> __m256 {
         // SAFETY: see above.
         unsafe { if N == 4 { _mm256_set_m128(_mm_set1_ps(*p.add(1)), _mm_set1_ps(*p)) } else { _mm256_set1_ps(*p) } }

@@ -37,6 +37,20 @@ fn mask(n: usize) -> __mmask16 {
     ((1_u32 << n) - 1) as __mmask16
 }
 
+/// Lane 4·i + j is the sum of the four lanes of quarter i of vector j.
+///
+/// # Safety
+/// That of [`Simd`].
+#[inline(always)]
+unsafe fn add_quarters(v: [__m512i; 4]) -> __m512i {
+    // SAFETY: the caller's.
+    unsafe {
+        let a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+        let b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+        _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
+    }
+}
+
 // SAFETY of every block below: the instructions are there and the pointers valid, which callers of `Simd` vouch for.
 impl<const DOT: bool> Simd for Avx512<DOT> {
     type V = __m512;
@@ -263,6 +277,30 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     unsafe fn sums8(c: __m512i) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_cvtepi32_ps(c) }
+    }
+
+    #[inline(always)]
+    unsafe fn rows4<const N: usize>(sums: &[__m512i; N]) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            // Quarter i has rows i, 4 + i, 8 + i, 12 + i: a square to be transposed.
+            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let sum = add_quarters([sums[0], sums[1], sums[2], sums[3]]);
+            _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(order, sum))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rows8<const N: usize>(sums: &[__m512i; N]) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let low = add_quarters([sums[0], sums[1], sums[2], sums[3]]);
+            let high = add_quarters([sums[4], sums[5], sums[6], sums[7]]);
+            // A row's eight lanes were in two quarters.
+            let sum = _mm512_add_epi32(_mm512_shuffle_i32x4::<0x88>(low, high), _mm512_shuffle_i32x4::<0xdd>(low, high));
+            let order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+            _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(order, sum))
+        }
     }
 
     #[inline(always)]

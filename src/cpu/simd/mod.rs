@@ -121,6 +121,10 @@ pub trait Simd: Copy + 'static {
     unsafe fn sums4(c: Self::Sums4) -> Self::V;
     /// the sums as f32
     unsafe fn sums8(c: Self::Sums8) -> Self::V;
+    /// Where there are 16 lanes: lane 4·j + i is the sum of lanes 4·i .. 4·i + 4 of vector j, as f32.
+    unsafe fn rows4<const N: usize>(sums: &[Self::Sums4; N]) -> Self::V;
+    /// Where there are 16 lanes: lane 2·j + i is the sum of lanes 8·i .. 8·i + 8 of vector j, as f32.
+    unsafe fn rows8<const N: usize>(sums: &[Self::Sums8; N]) -> Self::V;
     /// lane i is p\[i / N\], N = 4 or 8
     unsafe fn spread<const N: usize>(p: *const f32) -> Self::V;
     /// asks for the cache line of `p`, which need not be valid

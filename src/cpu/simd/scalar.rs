@@ -20,6 +20,16 @@ fn map2<const L: usize>(a: [f32; L], b: [f32; L], f: impl Fn(f32, f32) -> f32) -
     r
 }
 
+/// The sum of each `N` lanes of `N` vectors.
+#[inline(always)]
+fn rows<const L: usize, const N: usize>(sums: &[[i32; L]; N]) -> [f32; L] {
+    let mut v = [0.0; L];
+    for i in 0..L {
+        v[i] = sums.as_flattened()[i * N..][..N].iter().sum::<i32>() as f32;
+    }
+    v
+}
+
 // The pointers are valid, says the caller of each method; nothing else is unsafe here.
 impl<const L: usize, const DOT: bool> Simd for Scalar<L, DOT> {
     type V = [f32; L];
@@ -235,6 +245,16 @@ impl<const L: usize, const DOT: bool> Simd for Scalar<L, DOT> {
     #[inline(always)]
     unsafe fn sums8(c: Self::Sums8) -> Self::V {
         c.map(|sum| sum as f32)
+    }
+
+    #[inline(always)]
+    unsafe fn rows4<const N: usize>(sums: &[Self::Sums4; N]) -> Self::V {
+        rows(sums)
+    }
+
+    #[inline(always)]
+    unsafe fn rows8<const N: usize>(sums: &[Self::Sums8; N]) -> Self::V {
+        rows(sums)
     }
 
     #[inline(always)]
