@@ -4,10 +4,14 @@
 mod reference;
 mod support;
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use half::{bf16, f16};
 use llava_engine::dtype::DType;
 use llava_engine::ops::dropout::philox;
-use llava_engine::ops::{Activation, AdamW, GradOps, RowCopy};
+use llava_engine::ops::{Activation, AdamW, GradOps, Ops, RowCopy, Update, Weight};
+use llava_engine::profile::Profiled;
 use llava_engine::tensor::Tensor;
 use reference::gradient::{Tolerance, dot, slope, wide};
 use reference::linear::{gelu, quick_gelu};
@@ -520,6 +524,31 @@ fn nothing_is_done_for_no_rows() {
         let nothing = || device.put_f32(&[0], &[]);
         ops.adamw(&mut nothing(), &mut nothing(), &mut nothing(), &nothing(), None, &options).unwrap();
         assert_eq!(ops.sq_norm(&[&nothing()]).unwrap(), 0.0);
+    }
+}
+
+/// Timed ops do what they do, and count what the equations say.
+#[test]
+fn profiled_ops_are_counted() {
+    for device in grad_devices() {
+        let w = Weight::stacked(vec![Arc::new(device.put(&[8, 4], &random(32, 1)))]).unwrap();
+        let (dy, x) = (device.put(&[3, 8], &random(24, 2)), device.put(&[3, 4], &random(12, 3)));
+        let (mut dx, mut profiled_dx) = (device.blank(&[3, 4]), device.blank(&[3, 4]));
+        device.ops.linear_dx(&mut dx, &dy, &w, Update::Add).unwrap();
+        let mut dw = device.put_f32(&[8, 4], &[0.0; 32]);
+        let profiled: Profiled<dyn GradOps> = Profiled::new(device.ops);
+        profiled.linear_dx(&mut profiled_dx, &dy, &w, Update::Add).unwrap();
+        assert_eq!(profiled.download(&profiled_dx).unwrap(), profiled.download(&dx).unwrap());
+        profiled.linear_dw(&mut dw, &dy, 0, &x).unwrap();
+        assert!(profiled.download(&dw).unwrap().iter().any(|&d| d != 0.0));
+        assert!(profiled.sq_norm(&[&dw]).unwrap() > 0.0);
+        let records: BTreeMap<_, _> = profiled.records().snapshot().into_iter().collect();
+        let size = device.dtype.size() as f64;
+        let counted = |op: &str| (records[op].calls, records[op].flops, records[op].bytes);
+        assert_eq!(counted("linear_dx"), (1, 192.0, size * (32.0 + 24.0 + 2.0 * 12.0)), "{}", device.name);
+        assert_eq!(counted("linear_dw"), (1, 192.0, 2.0 * 4.0 * 32.0 + size * (24.0 + 12.0)), "{}", device.name);
+        assert_eq!(counted("sq_norm"), (1, 64.0, 4.0 * 32.0), "{}", device.name);
+        assert_eq!(records["linear_dx"].stored_bytes, size * 32.0);
     }
 }
 
