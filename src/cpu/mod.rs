@@ -28,6 +28,8 @@ mod tile;
 #[cfg(test)]
 mod attention_tests;
 #[cfg(test)]
+mod matmul_grad_tests;
+#[cfg(test)]
 mod matmul_packed_tests;
 #[cfg(test)]
 mod matmul_tests;
