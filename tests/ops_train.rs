@@ -34,12 +34,15 @@ fn plus(a: &[f64], old: &[f32]) -> Vec<f64> {
     a.iter().zip(old).map(|(a, &old)| a + f64::from(old)).collect()
 }
 
+/// Of x, w and b.
+type NormOfRow = fn(&[f64], &[f64], &[f64]) -> Vec<f64>;
+
 /// A norm and its backward, of which both are tested in the same way.
 struct Norm {
     name: &'static str,
     has_bias: bool,
     /// y of one row.
-    exact: fn(&[f64], &[f64], &[f64]) -> Vec<f64>,
+    exact: NormOfRow,
 }
 
 const NORMS: [Norm; 2] = [

@@ -94,11 +94,11 @@ pub trait Right: Sync {
     const HAS_BF16_PAIRS: bool = false;
 
     /// Columns.
-    fn n(&self) -> usize;
+    fn n_cols(&self) -> usize;
 
     /// All columns in blocks of `size`, except where one must end earlier.
     fn blocks(&self, size: usize) -> Vec<Block> {
-        let n = self.n();
+        let n = self.n_cols();
         (0..n).step_by(size).map(|col| Block { part: 0, row: col, n_rows: size.min(n - col), col }).collect()
     }
 
@@ -117,7 +117,7 @@ pub trait Right: Sync {
 pub fn gemm<R: Right>(isa: Isa, pool: &Pool, out: &Output<'_>, a: Left<'_>, b: &R) {
     // Kernels rely on these.
     a.expect();
-    out.expect(a.rows, b.n());
+    out.expect(a.rows, b.n_cols());
     let Shape { mr, nr, bf16_dot } = isa.run(ShapeOf);
     let dot = bf16_dot && R::HAS_BF16_PAIRS;
     let plan = Plan { dot, steps: if dot { a.steps.div_ceil(2) } else { a.steps }, a_panels: a.rows.div_ceil(mr), mr, nr };
@@ -139,7 +139,7 @@ pub fn gemm<R: Right>(isa: Isa, pool: &Pool, out: &Output<'_>, a: Left<'_>, b: &
         let row_blocks = a.rows.div_ceil(ROWS);
         let block_panels = plan.a_panels.div_ceil(row_blocks);
         // Fewer panels of B to a task where there would not be three tasks for each thread.
-        let wanted = b.n() * row_blocks / (3 * pool.n_threads());
+        let wanted = b.n_cols() * row_blocks / (3 * pool.n_threads());
         let blocks = b.blocks((wanted / nr).clamp(1, PANELS) * nr);
         pool.run(blocks.len() * row_blocks, &|i| {
             let first = i % row_blocks * block_panels;
@@ -305,8 +305,8 @@ impl<R: Right> Kernel for PackRight<'_, R> {
 impl<E: Stored> Right for Linear<'_, E> {
     const HAS_BF16_PAIRS: bool = matches!(E::DTYPE, DType::Bf16);
 
-    fn n(&self) -> usize {
-        Linear::n(self)
+    fn n_cols(&self) -> usize {
+        self.n()
     }
 
     fn blocks(&self, size: usize) -> Vec<Block> {

@@ -41,7 +41,7 @@ impl<'a, E> Stacked<'a, E> {
 }
 
 impl<E: Stored> Right for Stacked<'_, E> {
-    fn n(&self) -> usize {
+    fn n_cols(&self) -> usize {
         self.n
     }
 
@@ -71,7 +71,7 @@ struct StackedPacked<'a> {
 const HALF: usize = SLAB / 2;
 
 impl Right for StackedPacked<'_> {
-    fn n(&self) -> usize {
+    fn n_cols(&self) -> usize {
         self.parts[0].k
     }
 
