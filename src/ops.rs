@@ -5,11 +5,15 @@
 //! The trait is object-safe, so that decorators such as a profiler stand in front of any device.
 
 pub mod check;
+pub mod check_grad;
+pub mod dropout;
+pub mod grad;
 pub mod kv;
 pub mod packed;
 mod peaks;
 pub mod sample;
 
+pub use grad::{Activation, AdamW, GradOps, Rotation, Update};
 pub use kv::KvLayer;
 pub use packed::Packed;
 pub use sample::Draw;

@@ -1,5 +1,7 @@
 //! [`Profiled`]: stands in front of a device and keeps what each op costs.
 
+mod grad;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -102,15 +104,15 @@ impl Records {
     }
 }
 
-/// A device whose ops are timed.
-pub struct Profiled {
-    inner: Box<dyn Ops>,
+/// A device whose ops are timed; of training, a `Profiled<dyn GradOps>`.
+pub struct Profiled<D: ?Sized = dyn Ops> {
+    inner: Box<D>,
     records: Arc<Records>,
 }
 
-impl Profiled {
+impl<D: Ops + ?Sized> Profiled<D> {
     /// Times the ops of `inner`.
-    pub fn new(inner: Box<dyn Ops>) -> Self {
+    pub fn new(inner: Box<D>) -> Self {
         Self { inner, records: Arc::default() }
     }
 
@@ -119,7 +121,7 @@ impl Profiled {
         self.records.clone()
     }
 
-    fn timed(&self, op: &'static str, work: Work, run: impl FnOnce(&dyn Ops) -> Result<()>) -> Result<()> {
+    fn timed<R>(&self, op: &'static str, work: Work, run: impl FnOnce(&D) -> Result<R>) -> Result<R> {
         let start = Instant::now();
         let result = run(&*self.inner);
         self.records.add(op, start.elapsed().as_secs_f64(), work);
@@ -127,7 +129,13 @@ impl Profiled {
     }
 }
 
-impl Ops for Profiled {
+/// Pairs of a row and a token that it sees.
+fn pairs(spans: &[Span<'_>], causal: bool) -> usize {
+    // Row r sees past + r + 1 tokens if causal: the sum of an arithmetic series.
+    spans.iter().map(|s| s.n_rows * (s.past + if causal { s.n_rows.div_ceil(2) } else { s.n_rows })).sum()
+}
+
+impl<D: Ops + ?Sized> Ops for Profiled<D> {
     fn name(&self) -> String {
         self.inner.name()
     }
@@ -230,18 +238,14 @@ impl Ops for Profiled {
             KvSource::Own => qkv.dtype().size(),
             KvSource::Paged(layer) => layer.k.dtype().size(),
         };
-        let (mut pairs, mut context) = (0, 0);
-        for s in spans {
-            // Row r sees past + r + 1 tokens if causal: the sum of an arithmetic series.
-            pairs += s.n_rows * (s.past + if causal { s.n_rows.div_ceil(2) } else { s.n_rows });
-            context += s.past + s.n_rows;
-        }
+        let context: usize = spans.iter().map(|s| s.past + s.n_rows).sum();
         let kv_bytes = 2 * context * heads.kv_width() * kv_size;
         let (op, stored_bytes) = match kv {
             KvSource::Own => ("attention (own)", 0),
             KvSource::Paged(_) => ("attention (paged)", kv_bytes),
         };
-        let work = Work { bytes: kv_bytes + 2 * out.bytes(), stored_bytes, flops: 4 * pairs * heads.q_width(), ..Work::default() };
+        let flops = 4 * pairs(spans, causal) * heads.q_width();
+        let work = Work { bytes: kv_bytes + 2 * out.bytes(), stored_bytes, flops, ..Work::default() };
         self.timed(op, work, |ops| ops.attention(out, qkv, kv, spans, heads, causal))
     }
 

@@ -21,7 +21,7 @@ pub const DECODE_ROWS: usize = 4;
 
 /// One attention op at work.
 pub(super) struct Attention<'a> {
-    /// `[tokens, q_width]`
+    /// What it writes: `[tokens, q_width]`; of the gradient, `[tokens, qkv_width]`.
     pub out: Disjoint<'a, f32>,
     /// `[tokens, qkv_width]`
     pub qkv: &'a [f32],
@@ -29,6 +29,8 @@ pub(super) struct Attention<'a> {
     pub causal: bool,
     /// 1/√head_dim
     pub scale: f32,
+    /// `[tokens, n_heads]`: the logarithm of each row's Σ exp(score), where it is wanted.
+    pub lse: Option<Disjoint<'a, f32>>,
 }
 
 /// Where the keys and values of a token are.
@@ -67,16 +69,27 @@ impl<'a> Stack<'a> {
         (self.span.first_row + q / group, self.kv_head * group + q % group)
     }
 
+    /// Where query `q` starts in `qkv`.
+    pub fn query_index(&self, q: usize) -> usize {
+        let ((row, head), heads) = (self.row_head(q), self.op.heads);
+        row * heads.qkv_width() + head * heads.head_dim
+    }
+
     /// Query `q`: `head_dim` numbers.
     pub fn query(&self, q: usize) -> &'a [f32] {
-        let ((row, head), heads) = (self.row_head(q), self.op.heads);
-        &self.op.qkv[row * heads.qkv_width() + head * heads.head_dim..][..heads.head_dim]
+        &self.op.qkv[self.query_index(q)..][..self.op.heads.head_dim]
     }
 
     /// Where the result of query `q` starts in `out`.
     pub fn out_index(&self, q: usize) -> usize {
         let ((row, head), heads) = (self.row_head(q), self.op.heads);
         row * heads.q_width() + head * heads.head_dim
+    }
+
+    /// Where in `[tokens, n_heads]` query `q` is.
+    pub fn head_index(&self, q: usize) -> usize {
+        let (row, head) = self.row_head(q);
+        row * self.op.heads.n_heads + head
     }
 
     /// The key and the value at position `token` of the sequence: `head_dim` elements each.
@@ -133,7 +146,7 @@ pub fn attention(
     match kv {
         KvSource::Own => {
             assert!(spans.iter().all(|span| span.past == 0), "keys of the past are in no cache");
-            attention_of(isa, pool, out, qkv, Kv::Own(qkv), spans, heads, causal);
+            attention_of(isa, pool, out, None, qkv, Kv::Own(qkv), spans, heads, causal);
         }
         KvSource::Paged(layer) => {
             let page_tokens = layer.page_tokens();
@@ -141,7 +154,7 @@ pub fn attention(
                 ($E:ty) => {{
                     let scales = layer.scales.as_ref().map(|scales| scales.each_ref().map(Tensor::as_slice));
                     let kv = Kv::Paged { k: layer.k.as_slice::<$E>(), v: layer.v.as_slice::<$E>(), page_tokens, scales };
-                    attention_of(isa, pool, out, qkv, kv, spans, heads, causal)
+                    attention_of(isa, pool, out, None, qkv, kv, spans, heads, causal)
                 }};
             }
             match layer.k.dtype() {
@@ -153,6 +166,25 @@ pub fn attention(
             }
         }
     }
+}
+
+/// [`attention`] over the rows' own keys and values, all of it in blocks, and lse\[t, h\] = ln Σ exp(q·k/√head_dim): `[tokens, n_heads]`.
+///
+/// # Panics
+/// If spans or heads do not fit the buffers.
+#[allow(clippy::too_many_arguments)] // as `attention`
+pub fn attention_lse(
+    isa: Isa,
+    pool: &Pool,
+    out: &mut [f32],
+    lse: &mut [f32],
+    qkv: &[f32],
+    spans: &[Span<'_>],
+    heads: Heads,
+    causal: bool,
+) {
+    assert!(spans.iter().all(|span| span.past == 0), "keys of the past are in no cache");
+    attention_of(isa, pool, out, Some(lse), qkv, Kv::Own(qkv), spans, heads, causal);
 }
 
 /// row\[i\] *= scales\[i\]
@@ -168,6 +200,7 @@ fn attention_of<E: Stored>(
     isa: Isa,
     pool: &Pool,
     out: &mut [f32],
+    lse: Option<&mut [f32]>,
     qkv: &[f32],
     kv: Kv<'_, E>,
     spans: &[Span<'_>],
@@ -179,8 +212,10 @@ fn attention_of<E: Stored>(
     assert!(n_kv_heads > 0 && n_heads % n_kv_heads == 0 && head_dim > 0 && head_dim % 8 == 0, "{heads:?}");
     let rows = spans.iter().map(|span| span.first_row + span.n_rows).max().unwrap_or(0);
     assert!(out.len() >= rows * heads.q_width() && qkv.len() >= rows * heads.qkv_width(), "spans of {rows} rows");
-    let op = Attention { out: Disjoint::new(out), qkv, heads, causal, scale: 1.0 / (head_dim as f32).sqrt() };
-    let (few, many): (Vec<_>, Vec<_>) = spans.iter().filter(|span| span.n_rows > 0).partition(|span| span.n_rows <= DECODE_ROWS);
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let op = Attention { out: Disjoint::new(out), qkv, heads, causal, scale, lse: lse.map(Disjoint::new) };
+    let most_few = if op.lse.is_some() { 0 } else { DECODE_ROWS };
+    let (few, many): (Vec<_>, Vec<_>) = spans.iter().filter(|span| span.n_rows > 0).partition(|span| span.n_rows <= most_few);
     if !many.is_empty() {
         attention_blocks::attend(isa, pool, &op, kv, &many);
     }

@@ -15,7 +15,7 @@ use super::attention::{Attention, Kv, Stack, scale};
 use super::pool::Pool;
 use super::scratch::{carve, padded, with_scratch};
 use super::simd::{self, Isa, Kernel, MAX_LANES, NV, Simd, Stored};
-use super::tile::{Tile, pack_columns, pack_rows, store_tile, tile, with_height};
+use super::tile::{MAX_ROWS, Tile, pack_columns, pack_rows, store_tile, tile, with_height};
 use crate::ops::Span;
 
 /// Keys in a block: with 192 queries, S takes 96 KiB.
@@ -94,14 +94,15 @@ impl Task<'_> {
                 // SAFETY: each query's result is written by the one task that owns it.
                 let out = unsafe { stack.op.out.slice(stack.out_index(self.first + i), d) };
                 let scale = 1.0 / work.sum[i];
+                if let Some(lse) = &stack.op.lse {
+                    // SAFETY: as above.
+                    unsafe { lse.slice(stack.head_index(self.first + i), 1)[0] = work.max[i] + work.sum[i].ln() };
+                }
                 out.iter_mut().zip(&work.o[i * width..]).for_each(|(out, o)| *out = o * scale);
             }
         });
     }
 }
-
-/// More rows than the highest tile has.
-const MAX_ROWS: usize = 16;
 
 /// Packs keys and values `key .. key + n_keys`.
 struct Pack<'a, 'w, E> {

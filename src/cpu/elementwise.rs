@@ -4,10 +4,12 @@ use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 
-use super::pool::Pool;
+use super::pool::{Disjoint, Pool};
 use super::simd::{self, Isa};
+use super::sum_rows::sum_columns;
 use crate::dtype::DType;
-use crate::ops::RowCopy;
+use crate::ops::dropout::Dropout;
+use crate::ops::{Activation, RowCopy};
 use crate::tensor::Tensor;
 
 /// y = silu(gate) ⊙ up, silu(g) = g·σ(g): gate_up rows are `[gate | up]`, `n` of each.
@@ -15,6 +17,62 @@ pub fn silu_mul(isa: Isa, pool: &Pool, y: &mut [f32], gate_up: &[f32], n: usize)
     pool.for_rows(y, n, 1, |row, y| {
         let (gate, up) = gate_up[row * 2 * n..(row + 1) * 2 * n].split_at(n);
         simd::silu_mul_row(isa, y, gate, up);
+    });
+}
+
+/// d_gate = dy ⊙ up ⊙ silu′(gate), d_up = dy ⊙ silu(gate); rows are `[gate | up]`, `n` of each.
+pub fn silu_mul_backward(isa: Isa, pool: &Pool, d_gate_up: &mut [f32], dy: &[f32], gate_up: &[f32], n: usize) {
+    pool.for_rows(d_gate_up, 2 * n, 1, |row, d_gate_up| {
+        let (gate, up) = gate_up[row * 2 * n..(row + 1) * 2 * n].split_at(n);
+        let (d_gate, d_up) = d_gate_up.split_at_mut(n);
+        let dy = &dy[row * n..(row + 1) * n];
+        simd::silu_mul_row(isa, d_up, gate, dy);
+        simd::silu_backward_row(isa, d_gate, dy, gate);
+        d_gate.iter_mut().zip(up).for_each(|(d_gate, up)| *d_gate *= up);
+    });
+}
+
+/// Elements of a task, of ops that have no rows.
+const RUN: usize = 4096;
+
+/// y = f(x)
+pub fn activate(isa: Isa, pool: &Pool, y: &mut [f32], x: &[f32], f: Activation) {
+    pool.for_rows(y, 1, RUN, |first, y| {
+        let x = &x[first..first + y.len()];
+        match f {
+            Activation::Gelu => simd::gelu_row(isa, y, x),
+            Activation::QuickGelu => simd::quick_gelu_row(isa, y, x),
+        }
+    });
+}
+
+/// dx = dy ⊙ f′(x)
+pub fn activate_backward(isa: Isa, pool: &Pool, dx: &mut [f32], dy: &[f32], x: &[f32], f: Activation) {
+    pool.for_rows(dx, 1, RUN, |first, dx| {
+        let (dy, x) = (&dy[first..first + dx.len()], &x[first..first + dx.len()]);
+        match f {
+            Activation::Gelu => simd::gelu_backward_row(isa, dx, dy, x),
+            Activation::QuickGelu => simd::quick_gelu_backward_row(isa, dx, dy, x),
+        }
+    });
+}
+
+/// t = factor·t
+pub fn scale(pool: &Pool, t: &mut [f32], factor: f32) {
+    pool.for_rows(t, 1, RUN, |_, t| t.iter_mut().for_each(|t| *t *= factor));
+}
+
+/// y\[i\] = x\[i\] times its factor.
+pub fn dropout(pool: &Pool, y: &mut [f32], x: &[f32], dropout: Dropout) {
+    pool.for_rows(y, 1, RUN, |first, y| {
+        // A task begins with a block.
+        for (i, (y, x)) in y.chunks_mut(4).zip(x[first..].chunks(4)).enumerate() {
+            let factors = dropout.factors((first / 4 + i) as u64);
+            for ((y, x), factor) in y.iter_mut().zip(x).zip(factors) {
+                // Not a product: what is dropped may be infinite.
+                *y = if factor == 0.0 { 0.0 } else { x * factor };
+            }
+        }
     });
 }
 
@@ -30,6 +88,26 @@ pub fn embed(y: &mut [f32], table: &Tensor, ids: &[u32]) {
             DType::I32 | DType::I8 => unreachable!("weights are floating-point"),
         }
     }
+}
+
+/// d_table\[ids\[i\]\] += dy\[i\], rows of `hidden`: each row of the table belongs to one task, which adds to it in the order of i.
+pub fn embed_backward(pool: &Pool, d_table: &mut [f32], dy: &[f32], ids: &[u32], hidden: usize) {
+    let mut order: Vec<usize> = (0..ids.len()).collect();
+    order.sort_by_key(|&i| ids[i]); // stable
+    let tokens: Vec<&[usize]> = order.chunk_by(|&a, &b| ids[a] == ids[b]).collect();
+    let d_table = Disjoint::new(d_table);
+    pool.run(tokens.len(), &|token| {
+        // SAFETY: each row of the table is that of one token, and each token has one task.
+        let row = unsafe { d_table.slice(ids[tokens[token][0]] as usize * hidden, hidden) };
+        for i in tokens[token] {
+            add(row, &dy[i * hidden..(i + 1) * hidden]);
+        }
+    });
+}
+
+/// a += b
+fn add(a: &mut [f32], b: &[f32]) {
+    a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
 }
 
 /// y\[patch, (c, r, s)\] = pixels\[image, c, pr·p + r, pc·p + s\]: what CLIP's stride-p convolution reads, patch by patch.
@@ -55,6 +133,28 @@ pub fn clip_embed(y: &mut [f32], patches: &[f32], class: &[f32], positions: &[f3
         for ((y, &x), &position) in y.iter_mut().zip(class.iter().chain(patches)).zip(positions) {
             *y = x + position;
         }
+    }
+}
+
+/// The gradient of [`clip_embed`]: that of the patches is written, those of class and positions are added to.
+pub fn clip_embed_backward(pool: &Pool, d_patches: &mut [f32], d_class: &mut [f32], d_positions: &mut [f32], dy: &[f32]) {
+    let (hidden, of_image) = (d_class.len(), d_positions.len());
+    if hidden == 0 {
+        return;
+    }
+    for (d_patches, dy) in d_patches.chunks_exact_mut(of_image - hidden).zip(dy.chunks_exact(of_image)) {
+        d_patches.copy_from_slice(&dy[hidden..]);
+    }
+    sum_columns(pool, d_class, dy, of_image, 0);
+    sum_columns(pool, d_positions, dy, of_image, 0);
+}
+
+/// dst rows += src rows, between f32 tensors.
+pub fn add_rows(dst: &mut Tensor, src: &Tensor, copies: &[RowCopy]) {
+    let width = src.row_len();
+    let (dst, src) = (dst.as_mut_slice::<f32>(), src.as_slice::<f32>());
+    for c in copies {
+        add(&mut dst[c.dst * width..(c.dst + c.n_rows) * width], &src[c.src * width..(c.src + c.n_rows) * width]);
     }
 }
 

@@ -9,9 +9,10 @@
 
 use half::{bf16, f16};
 
+use super::matmul_gemm::{self, Left};
+use super::matmul_gemv;
 use super::pool::{Disjoint, Pool};
 use super::simd::{self, Isa, Simd, Stored};
-use super::{matmul_gemm, matmul_gemv};
 use crate::dtype::DType;
 use crate::ops::Epilogue;
 use crate::tensor::Tensor;
@@ -134,5 +135,10 @@ fn linear_of<E: Stored>(isa: Isa, pool: &Pool, out: Output<'_>, x: &[f32], token
     out.expect(tokens, n);
     let parts = parts.iter().map(|part| part.as_slice::<E>()).collect();
     let op = Linear { out, x, tokens, k, parts };
-    if tokens <= SKINNY { matmul_gemv::gemv(isa, pool, &op) } else { matmul_gemm::gemm(isa, pool, &op) }
+    if tokens <= SKINNY {
+        matmul_gemv::gemv(isa, pool, &op)
+    } else {
+        let x = Left { data: x, stride: k, first_col: 0, rows: tokens, steps: k, transposed: false };
+        matmul_gemm::gemm(isa, pool, &op.out, x, &op)
+    }
 }

@@ -1,11 +1,19 @@
-//! The linear layer for many tokens: a blocked matrix product (Goto and van de Geijn, *Anatomy of High-Performance Matrix Multiplication*).
+//! A blocked matrix product C = A·B (Goto and van de Geijn, *Anatomy of High-Performance Matrix Multiplication*): the linear layer for
+//! many tokens, and its gradients.
 //!
-//! x is packed once, by all threads, into panels of [`Simd::MR`] rows, per block of [`STEPS`] steps of k. A task owns a block of rows of W
-//! and a block of tokens: for each k block it packs its weights, widened to f32, and meets all its tokens with them, tile by tile. Partial
-//! sums wait in scratch memory in the order of tiles; the last k block ends with the epilogue.
+//! ```text
+//!                    C               A [rows, steps]   B [steps, n]     B comes from
+//! y  = x·Wᵀ          [tokens, n]     x                 Wᵀ               rows of W, transposed (`Linear`)
+//! dx = dy·W          [tokens, k]     dy                W                rows of W as they lie (`matmul_grad`)
+//! dW = dyᵀ·x         [n, k]          dyᵀ               x                rows of x as they lie (`matmul_grad`)
+//! ```
 //!
-//! What lies where while the innermost loops run, with AVX2: a panel of W (16 KiB) and a panel of x (6 KiB) in L1; [`L2_ROWS`] rows of x
-//! (96 KiB) and the packed weights (128 KiB) in L2, and as much of the partial sums (320 KiB at 640 tokens) as there is room for.
+//! A is packed once, by all threads, into panels of [`Simd::MR`] rows, per block of [`STEPS`] steps. A task owns a block of columns of B
+//! and a block of rows of A: for each block of steps it packs its columns, widened to f32, and meets all its rows with them, tile by tile.
+//! Partial sums wait in scratch memory in the order of tiles; the last block of steps ends with the epilogue.
+//!
+//! What lies where while the innermost loops run, with AVX2: a panel of B (16 KiB) and a panel of A (6 KiB) in L1; [`L2_ROWS`] rows of A
+//! (96 KiB) and the packed columns (128 KiB) in L2, and as much of the partial sums (320 KiB at 640 rows) as there is room for.
 
 #![allow(clippy::needless_range_loop)] // lanes, rows and columns are indexed alike, and unrolled
 
@@ -20,55 +28,123 @@ use super::simd::{Isa, Kernel, MAX_LANES, NV, Simd, Stored};
 use super::tile::{pack_column_pairs, pack_columns, pack_lanes, store_tile, tile, with_height};
 use crate::dtype::DType;
 
-/// Steps of k in a block: a panel of W is STEPS·NR f32, half of L1 with AVX2.
+/// Steps in a block: a panel of B is STEPS·NR f32, half of L1 with AVX2.
 const STEPS: usize = 256;
-/// Rows of x that a panel of W meets before the next one takes its place.
+/// Rows of A that a panel of B meets before the next one takes its place.
 const L2_ROWS: usize = 96;
-/// Panels of W in a task: the more, the less often x comes from L3.
+/// Panels of B in a task: the more, the less often A comes from L3.
 const PANELS: usize = 8;
-/// The most tokens in a task; as many as a LLaVA prompt has, so that its weights are packed once.
-const TOKENS: usize = 768;
+/// The most rows of A in a task; as many as a LLaVA prompt has, so that its weights are packed once.
+const ROWS: usize = 768;
+/// Panels of a transposed A that are packed together: so many places are written in turn, and read is a run of some hundred bytes.
+const PACKED_TOGETHER: usize = 16;
 
 /// Sizes of one product, which packing and tasks agree on.
 #[derive(Clone, Copy)]
-struct Plan {
+pub struct Plan {
     /// Whether a step is a pair of bf16.
-    dot: bool,
-    /// Steps of k.
+    pub dot: bool,
+    /// Steps.
     steps: usize,
-    /// Panels of x.
-    x_panels: usize,
-    /// Rows of a panel of x, [`Simd::MR`], and of a panel of W, [`Simd::NR`].
+    /// Panels of A.
+    a_panels: usize,
+    /// Rows of a panel of A, [`Simd::MR`], and columns of a panel of B, [`Simd::NR`].
     mr: usize,
     nr: usize,
 }
 
 impl Plan {
-    /// Where panel `panel` of the k block that starts at `step` begins in the packed x; the block is `n_steps` long.
-    fn x_panel(&self, step: usize, n_steps: usize, panel: usize) -> usize {
-        step * self.x_panels * self.mr + panel * n_steps * self.mr
+    /// Where panel `panel` of the block that starts at `step` begins in the packed A; the block is `n_steps` long.
+    fn a_panel(&self, step: usize, n_steps: usize, panel: usize) -> usize {
+        step * self.a_panels * self.mr + panel * n_steps * self.mr
     }
 }
 
-/// y = epilogue(x·Wᵀ + bias).
-pub fn gemm<E: Stored>(isa: Isa, pool: &Pool, op: &Linear<'_, E>) {
-    let Shape { mr, nr, bf16_dot } = isa.run(ShapeOf);
-    let dot = bf16_dot && E::DTYPE == DType::Bf16;
-    let plan = Plan { dot, steps: if dot { op.k.div_ceil(2) } else { op.k }, x_panels: op.tokens.div_ceil(mr), mr, nr };
-    with_scratch(plan.steps * plan.x_panels * mr, |packed| {
-        let out = Disjoint::new(packed);
-        pool.run(plan.x_panels, &|panel| isa.run(PackX { plan, x: op.x, tokens: op.tokens, k: op.k, panel, out: &out }));
-        let packed = out.into_inner();
+/// The left operand of a product: A `[rows, steps]`.
+#[derive(Clone, Copy)]
+pub struct Left<'a> {
+    pub data: &'a [f32],
+    /// Length of a row of `data`, and its first column that is of A.
+    pub stride: usize,
+    pub first_col: usize,
+    pub rows: usize,
+    /// The length of all sums.
+    pub steps: usize,
+    /// Whether rows of `data` are columns of A.
+    pub transposed: bool,
+}
 
-        let token_blocks = op.tokens.div_ceil(TOKENS);
-        let block_panels = plan.x_panels.div_ceil(token_blocks);
-        // Fewer panels of W to a task where there would not be three tasks for each thread.
-        let wanted = op.n() * token_blocks / (3 * pool.n_threads());
-        let blocks = op.blocks((wanted / nr).clamp(1, PANELS) * nr);
-        pool.run(blocks.len() * token_blocks, &|i| {
-            let first = i % token_blocks * block_panels;
-            let panels = first..plan.x_panels.min(first + block_panels);
-            Task { plan, op, x: packed, block: blocks[i / token_blocks], panels }.run(isa);
+impl Left<'_> {
+    /// Stops unless all of A is inside `data`: kernels rely on it.
+    pub fn expect(&self) {
+        let (rows, cols) = if self.transposed { (self.steps, self.rows) } else { (self.rows, self.steps) };
+        assert!(
+            self.first_col + cols <= self.stride && self.data.len() >= rows * self.stride,
+            "{} elements are not {rows} rows of {}, with {cols} columns from {} on",
+            self.data.len(),
+            self.stride,
+            self.first_col
+        );
+    }
+}
+
+/// The right operand of a product: B `[steps, n]`.
+pub trait Right: Sync {
+    /// Whether its elements are bf16, and neighbouring steps neighbours in memory: what dot products of pairs take.
+    const HAS_BF16_PAIRS: bool = false;
+
+    /// Columns.
+    fn n_cols(&self) -> usize;
+
+    /// All columns in blocks of `size`, except where one must end earlier.
+    fn blocks(&self, size: usize) -> Vec<Block> {
+        let n = self.n_cols();
+        (0..n).step_by(size).map(|col| Block { part: 0, row: col, n_rows: size.min(n - col), col }).collect()
+    }
+
+    /// Packs steps `step .. step + n_steps` of the columns of a block, widened to f32, into panels `[n_steps, NR]`. What is beyond the last
+    /// column is zero.
+    ///
+    /// # Safety
+    /// That of [`Simd`]; block and steps are those of a product with this operand. With `plan.dot`, [`Self::HAS_BF16_PAIRS`].
+    unsafe fn pack<S: Simd>(&self, plan: Plan, block: Block, step: usize, n_steps: usize, out: &mut [f32]);
+}
+
+/// C = epilogue(A·B + bias), C being what `out` says.
+///
+/// # Panics
+/// If an operand is smaller than it says.
+pub fn gemm<R: Right>(isa: Isa, pool: &Pool, out: &Output<'_>, a: Left<'_>, b: &R) {
+    // Kernels rely on these.
+    a.expect();
+    out.expect(a.rows, b.n_cols());
+    let Shape { mr, nr, bf16_dot } = isa.run(ShapeOf);
+    let dot = bf16_dot && R::HAS_BF16_PAIRS;
+    let plan = Plan { dot, steps: if dot { a.steps.div_ceil(2) } else { a.steps }, a_panels: a.rows.div_ceil(mr), mr, nr };
+    with_scratch(plan.steps * plan.a_panels * mr, |packed| {
+        let to = Disjoint::new(packed);
+        if a.transposed {
+            assert!(!dot, "columns of A have no pairs");
+            let groups = plan.a_panels.div_ceil(PACKED_TOGETHER);
+            pool.run(groups * plan.steps.div_ceil(STEPS), &|i| {
+                let first = i % groups * PACKED_TOGETHER;
+                let panels = first..plan.a_panels.min(first + PACKED_TOGETHER);
+                isa.run(PackTransposed { plan, a, step: i / groups * STEPS, panels, out: &to });
+            });
+        } else {
+            pool.run(plan.a_panels, &|panel| isa.run(PackLeft { plan, a, panel, out: &to }));
+        }
+        let packed = to.into_inner();
+
+        let row_blocks = a.rows.div_ceil(ROWS);
+        let block_panels = plan.a_panels.div_ceil(row_blocks);
+        // Fewer panels of B to a task where there would not be three tasks for each thread.
+        let wanted = b.n_cols() * row_blocks / (3 * pool.n_threads());
+        let blocks = b.blocks((wanted / nr).clamp(1, PANELS) * nr);
+        pool.run(blocks.len() * row_blocks, &|i| {
+            let first = i % row_blocks * block_panels;
+            let panels = first..plan.a_panels.min(first + block_panels);
+            Task { plan, out, a: packed, rows: a.rows, b, block: blocks[i / row_blocks], panels }.run(isa);
         });
     });
 }
@@ -92,33 +168,32 @@ impl Kernel for ShapeOf {
     }
 }
 
-/// Packs one panel of x, for all blocks of k: packed\[step\]\[i\] = x\[panel·MR + i\]\[step\], zero beyond the last token.
-struct PackX<'a> {
+/// Packs one panel of A, for all blocks of steps: packed\[step\]\[i\] = A\[panel·MR + i\]\[step\], zero beyond the last row.
+struct PackLeft<'a> {
     plan: Plan,
-    x: &'a [f32],
-    tokens: usize,
-    k: usize,
+    a: Left<'a>,
     panel: usize,
     out: &'a Disjoint<'a, f32>,
 }
 
-impl Kernel for PackX<'_> {
+impl Kernel for PackLeft<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { plan, x, tokens, k, panel, out } = self;
+        let Self { plan, a, panel, out } = self;
         let first = panel * S::MR;
-        let n_rows = S::MR.min(tokens - first);
+        let n_rows = S::MR.min(a.rows - first);
         // Those beyond the last row are not used.
-        let rows: [_; MAX_LANES] = std::array::from_fn(|i| x[first * k..].as_ptr().wrapping_add(i * k));
+        let start = a.data[first * a.stride + a.first_col..].as_ptr();
+        let rows: [_; MAX_LANES] = std::array::from_fn(|i| start.wrapping_add(i * a.stride));
         for step in (0..plan.steps).step_by(STEPS) {
             let n_steps = STEPS.min(plan.steps - step);
             // SAFETY: panels of one block do not overlap, and each task has its own.
-            let to = unsafe { out.slice(plan.x_panel(step, n_steps, panel), n_steps * S::MR) };
+            let to = unsafe { out.slice(plan.a_panel(step, n_steps, panel), n_steps * S::MR) };
             if !plan.dot {
                 let rows = rows.map(|row| row.wrapping_add(step));
-                // SAFETY: the instructions are there, says the caller; each row of x goes on for the steps of this block.
+                // SAFETY: the instructions are there, says the caller; each row of A goes on for the steps of this block.
                 unsafe { pack_lanes::<S, f32>(to.as_mut_ptr(), &rows[..n_rows], n_steps, S::MR) };
                 continue;
             }
@@ -127,10 +202,44 @@ impl Kernel for PackX<'_> {
                     (0..n_steps).for_each(|j| to[j * S::MR + i] = 0.0);
                     continue;
                 }
-                let row = &x[(first + i) * k..][2 * step..k.min(2 * (step + n_steps))];
+                let row = &a.data[(first + i) * a.stride + a.first_col..][2 * step..a.steps.min(2 * (step + n_steps))];
                 for (j, pair) in row.chunks(2).enumerate() {
                     let [low, high] = [pair[0], *pair.get(1).unwrap_or(&0.0)].map(bf16_bits);
                     to[j * S::MR + i] = f32::from_bits(high << 16 | low);
+                }
+            }
+        }
+    }
+}
+
+/// As [`PackLeft`] where rows of memory are columns of A: some panels of one block of steps.
+struct PackTransposed<'a> {
+    plan: Plan,
+    a: Left<'a>,
+    step: usize,
+    panels: Range<usize>,
+    out: &'a Disjoint<'a, f32>,
+}
+
+impl Kernel for PackTransposed<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { plan, a, step, panels, out } = self;
+        let n_steps = STEPS.min(plan.steps - step);
+        // SAFETY: panels of one block lie one after the other, and each task has its own.
+        let to = unsafe { out.slice(plan.a_panel(step, n_steps, panels.start), panels.len() * n_steps * S::MR) };
+        for j in 0..n_steps {
+            let row = &a.data[(step + j) * a.stride + a.first_col..][..a.rows];
+            for panel in panels.clone() {
+                let from = &row[panel * S::MR..];
+                let to = &mut to[((panel - panels.start) * n_steps + j) * S::MR..][..S::MR];
+                if from.len() >= S::MR {
+                    to.copy_from_slice(&from[..S::MR]); // a length that the compiler knows
+                } else {
+                    to[from.len()..].fill(0.0);
+                    to[..from.len()].copy_from_slice(from);
                 }
             }
         }
@@ -142,52 +251,73 @@ fn bf16_bits(x: f32) -> u32 {
     u32::from(bf16::from_f32(x).to_bits())
 }
 
-/// A block of rows of W times panels of x.
-struct Task<'a, E> {
+/// A block of columns of B times panels of A.
+struct Task<'a, R> {
     plan: Plan,
-    op: &'a Linear<'a, E>,
-    /// Packed x.
-    x: &'a [f32],
+    out: &'a Output<'a>,
+    /// Packed A.
+    a: &'a [f32],
+    /// Rows of A.
+    rows: usize,
+    b: &'a R,
     block: Block,
     panels: Range<usize>,
 }
 
-impl<E: Stored> Task<'_, E> {
+impl<R: Right> Task<'_, R> {
     fn run(&self, isa: Isa) {
-        let Self { plan, op, x, block, ref panels } = *self;
-        let w_panels = block.n_rows.div_ceil(plan.nr);
-        let w_len = w_panels * STEPS * plan.nr;
-        with_scratch(padded(w_len) + panels.len() * w_panels * plan.mr * plan.nr, |mut rest| {
-            let w = carve(&mut rest, w_len);
+        let Self { plan, out, a, rows, b, block, ref panels } = *self;
+        let b_panels = block.n_rows.div_ceil(plan.nr);
+        let b_len = b_panels * STEPS * plan.nr;
+        with_scratch(padded(b_len) + panels.len() * b_panels * plan.mr * plan.nr, |mut rest| {
+            let packed = carve(&mut rest, b_len);
             for step in (0..plan.steps).step_by(STEPS) {
                 let n_steps = STEPS.min(plan.steps - step);
-                isa.run(PackW { plan, op, block, step, n_steps, out: w });
-                let tokens = op.tokens;
-                isa.run(Multiply { plan, x, w, sums: rest, out: &op.out, tokens, block, panels: panels.clone(), step, n_steps });
+                isa.run(PackRight { plan, b, block, step, n_steps, out: packed });
+                isa.run(Multiply { plan, a, b: packed, sums: rest, out, rows, block, panels: panels.clone(), step, n_steps });
             }
         });
     }
 }
 
-/// Packs steps `step .. step + n_steps` of a block's rows, widened to f32, into panels.
-struct PackW<'a, E> {
+/// Packs some steps of the columns of a block.
+struct PackRight<'a, R> {
     plan: Plan,
-    op: &'a Linear<'a, E>,
+    b: &'a R,
     block: Block,
     step: usize,
     n_steps: usize,
     out: &'a mut [f32],
 }
 
-impl<E: Stored> Kernel for PackW<'_, E> {
+impl<R: Right> Kernel for PackRight<'_, R> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { plan, op, block, step, n_steps, out } = self;
-        let k = op.k;
+        let Self { plan, b, block, step, n_steps, out } = self;
+        // SAFETY: the caller's; they are of one product.
+        unsafe { b.pack::<S>(plan, block, step, n_steps, out) }
+    }
+}
+
+/// B = Wᵀ: its columns are rows of W.
+impl<E: Stored> Right for Linear<'_, E> {
+    const HAS_BF16_PAIRS: bool = matches!(E::DTYPE, DType::Bf16);
+
+    fn n_cols(&self) -> usize {
+        self.n()
+    }
+
+    fn blocks(&self, size: usize) -> Vec<Block> {
+        Linear::blocks(self, size)
+    }
+
+    #[inline(always)]
+    unsafe fn pack<S: Simd>(&self, plan: Plan, block: Block, step: usize, n_steps: usize, out: &mut [f32]) {
+        let k = self.k;
         let first = if plan.dot { 2 * step } else { step };
-        let rows = &op.parts[block.part][block.row * k..][..block.n_rows * k];
+        let rows = &self.parts[block.part][block.row * k..][..block.n_rows * k];
         let mut pointers = [std::ptr::null::<E>(); NV * MAX_LANES];
         for (panel, rows) in out.chunks_exact_mut(n_steps * S::NR).zip(rows.chunks(S::NR * k)) {
             for (pointer, row) in pointers.iter_mut().zip(rows.chunks(k)) {
@@ -208,17 +338,18 @@ impl<E: Stored> Kernel for PackW<'_, E> {
     }
 }
 
-/// Adds the products of one block of k to the partial sums, and finishes them if it is the last.
+/// Adds the products of one block of steps to the partial sums, and finishes them if it is the last.
 struct Multiply<'a> {
     plan: Plan,
-    /// Packed x.
-    x: &'a [f32],
-    /// Packed rows of W, for this block of k.
-    w: &'a [f32],
-    /// Tiles `[panels of x][panels of W][MR, NR]`.
+    /// Packed A.
+    a: &'a [f32],
+    /// Packed columns of B, for this block of steps.
+    b: &'a [f32],
+    /// Tiles `[panels of A][panels of B][MR, NR]`.
     sums: &'a mut [f32],
     out: &'a Output<'a>,
-    tokens: usize,
+    /// Rows of A.
+    rows: usize,
     block: Block,
     panels: Range<usize>,
     step: usize,
@@ -248,16 +379,16 @@ impl Multiply<'_> {
     unsafe fn multiply<S: Simd, const DOT: bool>(&mut self) {
         let Self { plan, step, n_steps, .. } = *self;
         let (is_first, is_last) = (step == 0, step + n_steps == plan.steps);
-        let w_panels = self.block.n_rows.div_ceil(S::NR);
+        let b_panels = self.block.n_rows.div_ceil(S::NR);
         let group = (L2_ROWS / S::MR).max(1);
         for first in self.panels.clone().step_by(group) {
-            for j in 0..w_panels {
+            for j in 0..b_panels {
                 for i in first..self.panels.end.min(first + group) {
-                    let a = self.x[plan.x_panel(step, n_steps, i)..][..n_steps * S::MR].as_ptr();
-                    let b = self.w[j * n_steps * S::NR..][..n_steps * S::NR].as_ptr();
-                    let at = ((i - self.panels.start) * w_panels + j) * S::MR * S::NR;
+                    let a = self.a[plan.a_panel(step, n_steps, i)..][..n_steps * S::MR].as_ptr();
+                    let b = self.b[j * n_steps * S::NR..][..n_steps * S::NR].as_ptr();
+                    let at = ((i - self.panels.start) * b_panels + j) * S::MR * S::NR;
                     let sums = self.sums[at..][..S::MR * S::NR].as_mut_ptr();
-                    let height = S::MR.min(self.tokens - i * S::MR);
+                    let height = S::MR.min(self.rows - i * S::MR);
                     // SAFETY: these slices are what a tile reads and writes.
                     unsafe {
                         with_height!(height, S, M => {
@@ -273,19 +404,19 @@ impl Multiply<'_> {
         }
     }
 
-    /// Ends a tile with the epilogue: its row 0 is that of `token`, its column 0 that of row `col` of the block.
+    /// Ends a tile with the epilogue: its row 0 is row `row` of A, its column 0 column `col` of the block.
     ///
     /// # Safety
     /// That of [`Simd`]; `sums` is a tile.
     #[inline(always)]
-    unsafe fn finish<S: Simd>(&self, token: usize, height: usize, col: usize, sums: *const f32) {
+    unsafe fn finish<S: Simd>(&self, row: usize, height: usize, col: usize, sums: *const f32) {
         let width = S::NR.min(self.block.n_rows - col);
         for i in 0..height {
             for j in (0..width).step_by(S::LANES) {
                 // SAFETY: the caller's; this task alone writes the columns of its block.
                 unsafe {
                     let r = S::load(sums.add(i * S::NR + j));
-                    self.out.finish::<S>(token + i, self.block.col + col + j, S::LANES.min(width - j), r);
+                    self.out.finish::<S>(row + i, self.block.col + col + j, S::LANES.min(width - j), r);
                 }
             }
         }

@@ -1,14 +1,19 @@
 //! The CPU backend: activations in f32, weights in whatever their file stores, kernels chosen once by what the processor has.
 
 pub mod attention;
+mod attention_backward;
 mod attention_blocks;
 mod attention_decode;
+mod backward;
 mod elementwise;
+mod loss;
 pub mod matmul;
 mod matmul_gemm;
 mod matmul_gemv;
+mod matmul_grad;
 pub mod matmul_packed;
 mod norm;
+mod optim;
 pub mod pool;
 pub mod probe;
 mod rope;
@@ -17,10 +22,13 @@ mod scratch;
 // One contract holds for all wrapped instructions and stands at the trait; coefficients are written as they were fitted.
 #[allow(clippy::missing_safety_doc, clippy::excessive_precision)]
 pub mod simd;
+mod sum_rows;
 mod tile;
 
 #[cfg(test)]
 mod attention_tests;
+#[cfg(test)]
+mod matmul_grad_tests;
 #[cfg(test)]
 mod matmul_packed_tests;
 #[cfg(test)]
@@ -61,7 +69,16 @@ impl Cpu {
         };
         let isa = Isa::from_env()?;
         let isa = if isa == Isa::Avx512Bf16 && compute != DType::Bf16 { Isa::Avx512 } else { isa };
-        Ok(Self { pool: Pool::new(n_threads), isa })
+        Ok(Self::with_isa(n_threads, isa))
+    }
+
+    /// The same with an instruction set that need not be the widest, for tests.
+    ///
+    /// # Panics
+    /// If this machine does not have it.
+    pub fn with_isa(n_threads: usize, isa: Isa) -> Self {
+        assert!(isa.is_supported(), "this machine has no {isa}");
+        Self { pool: Pool::new(n_threads), isa }
     }
 
     /// Threads that share an op.

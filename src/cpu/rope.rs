@@ -1,17 +1,46 @@
-//! Rotary embedding of queries and keys, fused with the append of keys and values to the paged cache.
+//! Rotary embedding of queries and keys; in inference followed by the append of keys and values to the paged cache.
 
 use half::slice::HalfFloatSliceExt;
 
 use super::pool::Pool;
 use crate::dtype::DType;
-use crate::ops::{Heads, KvLayer, RopeTable, Span, kv};
+use crate::ops::{Heads, KvLayer, RopeTable, Rotation, Span, kv};
 use crate::tensor::Tensor;
 
-/// (a, b) ← (a·cos − b·sin, b·cos + a·sin) for the pairs (x_i, x_{i + d/2}) of one head.
-fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+/// (a, b) ← (a·cos − b·sin, b·cos + a·sin) for the pairs (x_i, x_{i + d/2}) of one head, sin times `sign`.
+fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
     let (first, second) = head.split_at_mut(cos.len());
     for (((a, b), &c), &s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        let s = s * sign;
         (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+    }
+}
+
+/// Rotates the queries and keys of a span's rows in place, each by its position, or back.
+fn rotate_span(pool: &Pool, rows: &mut [f32], rope: &RopeTable, span: &Span<'_>, heads: Heads, rotation: Rotation) {
+    let (width, dim, half) = (heads.qkv_width(), heads.head_dim, heads.head_dim / 2);
+    let rotated = heads.q_width() + heads.kv_width();
+    let (cos, sin) = (rope.cos.as_slice::<f32>(), rope.sin.as_slice::<f32>());
+    let sign = match rotation {
+        Rotation::Forward => 1.0,
+        Rotation::Inverse => -1.0,
+    };
+    pool.for_rows(rows, width, 8, |first, rows| {
+        for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+            let angle = (span.past + first + i) * half..(span.past + first + i + 1) * half;
+            for head in row[..rotated].chunks_exact_mut(dim) {
+                rotate(head, &cos[angle.clone()], &sin[angle.clone()], sign);
+            }
+        }
+    });
+}
+
+/// Rotates queries and keys in place by the position of their row, or back by it.
+pub fn rope(pool: &Pool, qkv: &mut [f32], rope: &RopeTable, spans: &[Span<'_>], heads: Heads, rotation: Rotation) {
+    let width = heads.qkv_width();
+    for span in spans {
+        let rows = &mut qkv[span.first_row * width..(span.first_row + span.n_rows) * width];
+        rotate_span(pool, rows, rope, span, heads, rotation);
     }
 }
 
@@ -32,19 +61,10 @@ fn store(cache: &mut Tensor, scales: Option<&mut Tensor>, slot: usize, values: &
 
 /// Rotates queries and keys in place by the position of their row, then writes keys and values to their pages.
 pub fn rope_append(pool: &Pool, qkv: &mut [f32], cache: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) {
-    let (width, dim, half) = (heads.qkv_width(), heads.head_dim, heads.head_dim / 2);
-    let rotated = heads.q_width() + heads.kv_width();
-    let (cos, sin) = (rope.cos.as_slice::<f32>(), rope.sin.as_slice::<f32>());
+    let (width, dim) = (heads.qkv_width(), heads.head_dim);
     for span in spans {
         let rows = &mut qkv[span.first_row * width..(span.first_row + span.n_rows) * width];
-        pool.for_rows(rows, width, 8, |first, rows| {
-            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-                let angle = (span.past + first + i) * half..(span.past + first + i + 1) * half;
-                for head in row[..rotated].chunks_exact_mut(dim) {
-                    rotate(head, &cos[angle.clone()], &sin[angle.clone()]);
-                }
-            }
-        });
+        rotate_span(pool, rows, rope, span, heads, Rotation::Forward);
         let page_tokens = cache.page_tokens();
         for (i, row) in rows.chunks_exact(width).enumerate() {
             let position = span.past + i;

@@ -32,6 +32,9 @@ macro_rules! with_height {
 }
 pub(crate) use with_height;
 
+/// More rows than the highest tile has.
+pub const MAX_ROWS: usize = 16;
+
 /// The accumulators of a tile of `M` rows.
 pub type Tile<S, const M: usize> = [[<S as Simd>::V; NV]; M];
 

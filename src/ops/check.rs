@@ -41,10 +41,15 @@ pub fn silu_mul(y: &Tensor, gate_up: &Tensor) -> Result<()> {
 
 /// Operands of [`Ops::embed`](super::Ops::embed).
 pub fn embed(y: &Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
-    let [vocab, hidden] = table.dims2("embed", "table")?;
-    y.expect("embed", "y", &[ids.len(), hidden])?;
+    embeddings("embed", ("y", y), ("table", table), ids)
+}
+
+/// A row of y for each id of a row of the table.
+pub(super) fn embeddings(op: &'static str, y: (&str, &Tensor), table: (&str, &Tensor), ids: &[u32]) -> Result<()> {
+    let [vocab, hidden] = table.1.dims2(op, table.0)?;
+    y.1.expect(op, y.0, &[ids.len(), hidden])?;
     match ids.iter().find(|&&id| id as usize >= vocab) {
-        Some(&id) => Err(Error::shape("embed", "token id", format!("below {vocab}"), id)),
+        Some(&id) => Err(Error::shape(op, "token id", format!("below {vocab}"), id)),
         None => Ok(()),
     }
 }
@@ -74,29 +79,47 @@ pub fn patchify(y: &Tensor, pixels: &Tensor, images: &Range<usize>, patch_size: 
 
 /// Operands of [`Ops::clip_embed`](super::Ops::clip_embed).
 pub fn clip_embed(y: &Tensor, patches: &Tensor, class: &Tensor, positions: &Tensor) -> Result<()> {
-    let [n_positions, hidden] = positions.dims2("clip_embed", "positions")?;
-    class.expect("clip_embed", "class", &[hidden])?;
-    let [rows, width] = patches.dims2("clip_embed", "patches")?;
+    clip_embeddings("clip_embed", ["y", "patches", "class", "positions"], [y, patches, class, positions])
+}
+
+/// Those, or their gradients: `names` says which.
+pub(super) fn clip_embeddings(op: &'static str, names: [&str; 4], tensors: [&Tensor; 4]) -> Result<()> {
+    let [y, patches, class, positions] = tensors;
+    let [n_positions, hidden] = positions.dims2(op, names[3])?;
+    class.expect(op, names[2], &[hidden])?;
+    let [rows, width] = patches.dims2(op, names[1])?;
     if n_positions < 2 || rows % (n_positions - 1) != 0 || width != hidden {
         let expected = format!("[images * {}, {hidden}]", n_positions.max(1) - 1);
-        return Err(Error::shape("clip_embed", "patches", expected, (rows, width)));
+        return Err(Error::shape(op, names[1], expected, (rows, width)));
     }
-    y.expect("clip_embed", "y", &[rows / (n_positions - 1) * n_positions, hidden])
+    y.expect(op, names[0], &[rows / (n_positions - 1) * n_positions, hidden])
 }
 
 /// Operands of [`Ops::rope_append`](super::Ops::rope_append).
 pub fn rope_append(qkv: &Tensor, kv: &KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) -> Result<()> {
-    let [tokens, width] = qkv.dims2("rope_append", "qkv")?;
-    if width != heads.qkv_width() {
-        return Err(Error::shape("rope_append", "width of qkv", heads.qkv_width(), width));
-    }
     cache("rope_append", kv, heads)?;
-    self::spans("rope_append", spans, tokens, Some(kv))?;
-    let [positions, half] = rope.cos.dims2("rope_append", "cos")?;
-    rope.sin.expect("rope_append", "sin", &[positions, half])?;
+    rotation("rope_append", qkv, rope, spans, heads, Some(kv))
+}
+
+/// Rows whose heads are turned by the angles of a table.
+pub(super) fn rotation(
+    op: &'static str,
+    qkv: &Tensor,
+    rope: &RopeTable,
+    spans: &[Span<'_>],
+    heads: Heads,
+    kv: Option<&KvLayer>,
+) -> Result<()> {
+    let [tokens, width] = qkv.dims2(op, "qkv")?;
+    if width != heads.qkv_width() {
+        return Err(Error::shape(op, "width of qkv", heads.qkv_width(), width));
+    }
+    self::spans(op, spans, tokens, kv)?;
+    let [positions, half] = rope.cos.dims2(op, "cos")?;
+    rope.sin.expect(op, "sin", &[positions, half])?;
     let last = spans.iter().map(|s| s.past + s.n_rows).max().unwrap_or(0);
     if half * 2 != heads.head_dim || positions < last {
-        return Err(Error::shape("rope_append", "cos", (last, heads.head_dim / 2), (positions, half)));
+        return Err(Error::shape(op, "cos", (last, heads.head_dim / 2), (positions, half)));
     }
     Ok(())
 }
@@ -119,11 +142,16 @@ pub fn attention(out: &Tensor, qkv: &Tensor, kv: KvSource<'_>, spans: &[Span<'_>
 
 /// Operands of [`Ops::copy_rows`](super::Ops::copy_rows).
 pub fn copy_rows(dst: &Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()> {
+    row_copies("copy_rows", dst, src, copies)
+}
+
+/// Rows that come to rows as long as they are.
+pub(super) fn row_copies(op: &'static str, dst: &Tensor, src: &Tensor, copies: &[RowCopy]) -> Result<()> {
     if dst.row_len() != src.row_len() || dst.dtype() != src.dtype() {
-        return Err(Error::shape("copy_rows", "rows of src", dst, src));
+        return Err(Error::shape(op, "rows of src", dst, src));
     }
     match copies.iter().find(|c| c.dst + c.n_rows > dst.rows() || c.src + c.n_rows > src.rows()) {
-        Some(copy) => Err(Error::shape("copy_rows", "rows", format!("within {} and {}", dst.rows(), src.rows()), copy)),
+        Some(copy) => Err(Error::shape(op, "rows", format!("within {} and {}", dst.rows(), src.rows()), copy)),
         None => Ok(()),
     }
 }
@@ -146,7 +174,7 @@ pub fn sample(ids: &Tensor, logits: &Tensor, seen: &Tensor, draws: &[Draw]) -> R
 }
 
 /// Refuses spans that leave the batch, or whose pages do not hold them.
-fn spans(op: &'static str, spans: &[Span<'_>], tokens: usize, kv: Option<&KvLayer>) -> Result<()> {
+pub(super) fn spans(op: &'static str, spans: &[Span<'_>], tokens: usize, kv: Option<&KvLayer>) -> Result<()> {
     for span in spans {
         if span.first_row + span.n_rows > tokens {
             return Err(Error::shape(op, "rows of a span", format!("within {tokens}"), span));

@@ -11,13 +11,23 @@ pub fn linear(x: &[f32], w: &[f32], bias: Option<&[f32]>, old: &[f32], k: usize,
             y.push(match epilogue {
                 "store" => r,
                 "add" => r + f64::from(old[j]),
-                "quick_gelu" => r / (1.0 + (-1.702 * r).exp()),
-                "gelu" => 0.5 * r * (1.0 + erf(r / 2f64.sqrt())),
+                "quick_gelu" => quick_gelu(r),
+                "gelu" => gelu(r),
                 _ => panic!("{epilogue}"),
             });
         }
     }
     y
+}
+
+/// x·σ(1.702 x)
+pub fn quick_gelu(x: f64) -> f64 {
+    x / (1.0 + (-1.702 * x).exp())
+}
+
+/// x·Φ(x)
+pub fn gelu(x: f64) -> f64 {
+    0.5 * x * (1.0 + erf(x / 2f64.sqrt()))
 }
 
 /// The same in f32, one operation after the other.

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test crate uses some of it
 
 pub mod attention;
+pub mod gradient;
 pub mod linear;
 pub mod rows;
 

@@ -1,12 +1,12 @@
-//! Norms, gates and rotations of rows.
+//! Norms, gates, activations and rotations of rows.
 
-/// Both precisions are the same code.
+/// Both precisions are the same code. Inputs are f32, or f64 where finite differences are taken.
 macro_rules! rows {
     ($precision:ident, $F:ty) => {
         /// In this precision throughout.
         pub mod $precision {
-            fn wide(values: &[f32]) -> impl Iterator<Item = $F> + Clone {
-                values.iter().map(|&v| v as $F)
+            fn wide<T: Copy + Into<f64>>(values: &[T]) -> impl Iterator<Item = $F> + Clone {
+                values.iter().map(|&v| v.into() as $F)
             }
 
             fn mean(n: usize, values: impl Iterator<Item = $F>) -> $F {
@@ -14,7 +14,7 @@ macro_rules! rows {
             }
 
             /// x·w / sqrt(mean(x²) + eps)
-            pub fn rms_norm(x: &[f32], w: &[f32], eps: f32) -> Vec<$F> {
+            pub fn rms_norm<T: Copy + Into<f64>>(x: &[T], w: &[T], eps: f32) -> Vec<$F> {
                 let mut y = Vec::new();
                 for row in x.chunks(w.len()) {
                     let rms = (mean(w.len(), wide(row).map(|v| v * v)) + eps as $F).sqrt();
@@ -24,7 +24,7 @@ macro_rules! rows {
             }
 
             /// (x − mean(x))·w / sqrt(var(x) + eps) + b
-            pub fn layer_norm(x: &[f32], w: &[f32], b: &[f32], eps: f32) -> Vec<$F> {
+            pub fn layer_norm<T: Copy + Into<f64>>(x: &[T], w: &[T], b: &[T], eps: f32) -> Vec<$F> {
                 let mut y = Vec::new();
                 for row in x.chunks(w.len()) {
                     let mean_x = mean(w.len(), wide(row));
@@ -35,7 +35,7 @@ macro_rules! rows {
             }
 
             /// silu(gate) ⊙ up, rows being `[gate | up]`, n of each
-            pub fn silu_mul(gate_up: &[f32], n: usize) -> Vec<$F> {
+            pub fn silu_mul<T: Copy + Into<f64>>(gate_up: &[T], n: usize) -> Vec<$F> {
                 let mut y = Vec::new();
                 for row in gate_up.chunks(2 * n) {
                     y.extend(wide(&row[..n]).zip(wide(&row[n..])).map(|(g, u)| g / (1.0 + (-g).exp()) * u));
@@ -44,9 +44,9 @@ macro_rules! rows {
             }
 
             /// One head, whose pairs (i, i + d/2) turn by angles of these cosines and sines.
-            pub fn rotate(head: &[f32], cos: &[f32], sin: &[f32]) -> Vec<$F> {
+            pub fn rotate<T: Copy + Into<f64>>(head: &[T], cos: &[f32], sin: &[f32]) -> Vec<$F> {
                 let (a, b) = head.split_at(cos.len());
-                let turn = |x: &[f32], y: &[f32], sign: $F| -> Vec<$F> {
+                let turn = |x: &[T], y: &[T], sign: $F| -> Vec<$F> {
                     wide(x).zip(wide(y)).zip(wide(cos).zip(wide(sin))).map(|((x, y), (c, s))| x * c + sign * y * s).collect()
                 };
                 [turn(a, b, -1.0), turn(b, a, 1.0)].concat()

@@ -2,31 +2,49 @@
 
 use half::{bf16, f16};
 use llava_engine::cpu::Cpu;
+use llava_engine::cpu::simd::Isa;
 use llava_engine::dtype::DType;
 use llava_engine::engine::{EngineOptions, open_device};
-use llava_engine::ops::{Matrix, Ops};
+use llava_engine::ops::{GradOps, Matrix, Ops};
 use llava_engine::tensor::Tensor;
 
 use super::kernel_device;
 
-/// A device under test.
-pub struct TestDevice {
+/// A device under test; of training ops, `TestDevice<dyn GradOps>`.
+pub struct TestDevice<D: ?Sized = dyn Ops> {
     pub name: String,
-    pub ops: Box<dyn Ops>,
+    pub ops: Box<D>,
     /// Of activations; results are compared with the naive op rounded to it.
     pub dtype: DType,
 }
 
 /// All of them.
 pub fn devices() -> Vec<TestDevice> {
-    let cpu = |threads| TestDevice {
-        name: format!("cpu with {threads} threads"),
-        ops: Box::new(Cpu::new(threads, DType::F32).unwrap()),
-        dtype: DType::F32,
+    let cpu = |threads| -> TestDevice {
+        TestDevice {
+            name: format!("cpu with {threads} threads"),
+            ops: Box::new(Cpu::new(threads, DType::F32).unwrap()),
+            dtype: DType::F32,
+        }
     };
     let mut all = vec![cpu(1), cpu(3)];
     all.extend(kernel_devices());
     all
+}
+
+/// Those that train: the CPU, in each instruction set that this machine has.
+pub fn grad_devices() -> Vec<TestDevice<dyn GradOps>> {
+    let supported = Isa::ALL.into_iter().filter(|isa| isa.is_supported());
+    supported.enumerate().map(|(i, isa)| cpu_with(isa, 1 + i % 3)).collect()
+}
+
+/// The CPU with an instruction set.
+pub fn cpu_with(isa: Isa, threads: usize) -> TestDevice<dyn GradOps> {
+    TestDevice {
+        name: format!("cpu ({isa}) with {threads} threads"),
+        ops: Box::new(Cpu::with_isa(threads, isa)),
+        dtype: DType::F32,
+    }
 }
 
 /// The CUDA kernels in f32, f16 and bf16, on [`kernel_device`]; none if there is no such device.
@@ -48,7 +66,7 @@ pub fn rounded(x: f32, dtype: DType) -> f32 {
     }
 }
 
-impl TestDevice {
+impl<D: Ops + ?Sized> TestDevice<D> {
     /// Activations or weights: in the device's dtype.
     pub fn put(&self, shape: &[usize], values: &[f32]) -> Tensor {
         self.ops.upload(Tensor::from_slice(shape, values).converted(self.dtype)).unwrap()

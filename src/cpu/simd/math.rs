@@ -36,6 +36,22 @@ unsafe fn swish<S: Simd>(x: S::V, a: f32) -> S::V {
     unsafe { S::div(x, S::add(S::splat(1.0), exp::<S>(S::mul(x, S::splat(-a))))) }
 }
 
+/// The derivative of [`swish`]: σ(z)·(1 + z·(1 − σ(z))), z = a·x.
+///
+/// 1 − σ(z) is e⁻ᶻ·σ(z): the difference would have few digits for large z. Below −80, where the slope is no more than 10⁻³³, e⁻ᶻ stays what
+/// it is there, lest it be infinite.
+#[inline(always)]
+unsafe fn swish_slope<S: Simd>(x: S::V, a: f32) -> S::V {
+    // SAFETY: the caller's.
+    unsafe {
+        let one = S::splat(1.0);
+        let z = S::mul(x, S::splat(a));
+        let e = exp::<S>(S::min(S::splat(80.0), S::mul(x, S::splat(-a))));
+        let sigma = S::div(one, S::add(one, e));
+        S::mul(sigma, S::fma(z, S::mul(e, sigma), one))
+    }
+}
+
 /// x·σ(1.702 x): CLIP's activation.
 ///
 /// # Safety
@@ -48,13 +64,32 @@ pub(crate) unsafe fn quick_gelu<S: Simd>(x: S::V) -> S::V {
 
 /// x·Φ(x) = x/2·(1 + erf(x/√2)): the projector's activation, with the exact erf.
 ///
-/// Near zero erf is an odd polynomial; beyond, erfc is exp of one, so that the left tail, where 1 + erf cancels, is right to 1e-10.
-/// Polynomials by N. Juffa, each within 1 ulp of erf.
-///
 /// # Safety
 /// That of [`Simd`].
 #[inline(always)]
 pub(crate) unsafe fn gelu<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: the caller's.
+    unsafe { S::mul(S::mul(x, S::splat(0.5)), twice_normal_cdf::<S>(x)) }
+}
+
+/// The derivative of [`gelu`]: Φ(x) + x·φ(x), φ(x) = exp(−x²/2)/√(2π)
+#[inline(always)]
+unsafe fn gelu_slope<S: Simd>(x: S::V) -> S::V {
+    const INVERSE_SQRT_2_PI: f32 = 0.398_942_28;
+    // SAFETY: the caller's.
+    unsafe {
+        let half = S::splat(0.5);
+        let density = S::mul(S::splat(INVERSE_SQRT_2_PI), exp::<S>(S::mul(S::mul(x, S::splat(-0.5)), x)));
+        S::fma(x, density, S::mul(half, twice_normal_cdf::<S>(x)))
+    }
+}
+
+/// 2·Φ(x) = 1 + erf(x/√2)
+///
+/// Near zero erf is an odd polynomial; beyond, erfc is exp of one, so that the left tail, where 1 + erf cancels, is right to 1e-10.
+/// Polynomials by N. Juffa, each within 1 ulp of erf.
+#[inline(always)]
+unsafe fn twice_normal_cdf<S: Simd>(x: S::V) -> S::V {
     const EDGE: f32 = 0.927_734_4; // 475/512
     const NEAR: [f32; 5] = [4.991_194_2e-3, -2.676_813_5e-2, 1.128_199_25e-1, -3.761_253_4e-1, 1.283_791_7e-1];
     const TAIL: [f32; 6] = [3.831_971_3e-4, -3.883_964_4e-3, 2.425_462_2e-2, -1.067_778_8e-1, -6.348_467e-1, -1.287_175_1e-1];
@@ -80,7 +115,7 @@ pub(crate) unsafe fn gelu<S: Simd>(x: S::V) -> S::V {
         let tail = exp::<S>(S::sub(S::mul(tail, t), t)); // erfc t
 
         let far = S::select_lt(z, zero, tail, S::sub(two, tail));
-        S::mul(S::mul(x, S::splat(0.5)), S::select_lt(t, S::splat(EDGE), near, far))
+        S::select_lt(t, S::splat(EDGE), near, far)
     }
 }
 
@@ -137,6 +172,9 @@ macro_rules! map {
 map!(SiluMul, gate, up, S => S::mul(swish::<S>(gate, 1.0), up));
 map!(Gelu, x, _y, S => gelu::<S>(x));
 map!(QuickGelu, x, _y, S => quick_gelu::<S>(x));
+map!(SiluBackward, x, dy, S => S::mul(dy, swish_slope::<S>(x, 1.0)));
+map!(GeluBackward, x, dy, S => S::mul(dy, gelu_slope::<S>(x)));
+map!(QuickGeluBackward, x, dy, S => S::mul(dy, swish_slope::<S>(x, 1.702)));
 
 /// y = silu(gate) ⊙ up, silu(x) = x·σ(x)
 ///
@@ -160,6 +198,30 @@ pub fn gelu_row(isa: Isa, y: &mut [f32], x: &[f32]) {
 /// If the rows differ in length.
 pub fn quick_gelu_row(isa: Isa, y: &mut [f32], x: &[f32]) {
     isa.run(Row { y, a: x, b: x, f: PhantomData::<QuickGelu> });
+}
+
+/// dx = dy ⊙ silu′(x)
+///
+/// # Panics
+/// If the rows differ in length.
+pub fn silu_backward_row(isa: Isa, dx: &mut [f32], dy: &[f32], x: &[f32]) {
+    isa.run(Row { y: dx, a: x, b: dy, f: PhantomData::<SiluBackward> });
+}
+
+/// dx = dy ⊙ gelu′(x)
+///
+/// # Panics
+/// If the rows differ in length.
+pub fn gelu_backward_row(isa: Isa, dx: &mut [f32], dy: &[f32], x: &[f32]) {
+    isa.run(Row { y: dx, a: x, b: dy, f: PhantomData::<GeluBackward> });
+}
+
+/// dx = dy ⊙ quick_gelu′(x)
+///
+/// # Panics
+/// If the rows differ in length.
+pub fn quick_gelu_backward_row(isa: Isa, dx: &mut [f32], dy: &[f32], x: &[f32]) {
+    isa.run(Row { y: dx, a: x, b: dy, f: PhantomData::<QuickGeluBackward> });
 }
 
 #[cfg(test)]
