@@ -6,20 +6,25 @@ use super::acts::ClipActs;
 use super::config::{Activation, ClipConfig};
 use super::load::Loader;
 use super::stage::{Ctx, Stage};
+use super::tape::{Saved, Work, copy};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::nn::{LayerNorm, Linear};
+use crate::nn::{LayerNorm, Linear, Param, VisitParams};
+use crate::ops::grad::{self, GradOps};
 use crate::ops::{Epilogue, Heads, KvSource, Span, Weight};
 use crate::tensor::Tensor;
 
 /// The tower. Layers past the selected hidden state are neither loaded nor run.
 pub struct Clip {
-    patch_size: usize,
-    n_patches: usize,
-    patch_embedding: Linear,    // [hidden, 3 * patch_size * patch_size]
-    class_embedding: Tensor,    // [hidden]
-    position_embedding: Tensor, // [1 + n_patches, hidden]
-    pre_norm: LayerNorm,
-    layers: Vec<Layer>,
+    pub(super) patch_size: usize,
+    pub(super) n_patches: usize,
+    pub(super) patch_embedding: Linear,    // [hidden, 3 * patch_size * patch_size]
+    pub(super) class_embedding: Tensor,    // [hidden]
+    pub(super) position_embedding: Tensor, // [1 + n_patches, hidden]
+    pub(super) pre_norm: LayerNorm,
+    pub(super) layers: Vec<Layer>,
+    /// Of class and position embedding, if they are trained.
+    pub(super) grad: Option<[Tensor; 2]>,
 }
 
 impl Clip {
@@ -36,11 +41,12 @@ impl Clip {
         Ok(Self {
             patch_size: patch,
             n_patches: config.n_patches(),
-            patch_embedding: Linear { weight: Weight::stacked(vec![kernel.into()])?, bias: None },
+            patch_embedding: Linear::new(Weight::stacked(vec![kernel.into()])?, None),
             class_embedding: loader.vector("clip.class_embedding", &[hidden])?,
             position_embedding: loader.vector("clip.position_embedding.weight", &[1 + config.n_patches(), hidden])?,
             pre_norm: loader.layer_norm("clip.pre_layernorm", hidden, config.layer_norm_eps)?,
             layers: (0..n_layers).map(|i| Layer::load(loader, config, i)).collect::<Result<_>>()?,
+            grad: None,
         })
     }
 
@@ -73,15 +79,37 @@ impl Clip {
     }
 }
 
-struct Layer {
-    heads: Heads,
-    norm1: LayerNorm,
-    qkv: Linear, // [3 * hidden, hidden]
-    out: Linear, // [hidden, hidden]
-    norm2: LayerNorm,
-    fc1: Linear, // [intermediate, hidden]
-    fc2: Linear, // [hidden, intermediate]
-    activation: Epilogue,
+impl Clip {
+    /// Makes room for gradients of all its parameters.
+    pub(super) fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
+        self.patch_embedding.train(ops)?;
+        let gradient = |of: &Tensor| ops.alloc(of.shape(), DType::F32);
+        self.grad = Some([gradient(&self.class_embedding)?, gradient(&self.position_embedding)?]);
+        self.pre_norm.train(ops)?;
+        self.layers.iter_mut().try_for_each(|layer| layer.train(ops))
+    }
+
+    /// Shows the parameters that are trained.
+    pub(super) fn visit(&mut self, visit: VisitParams<'_>) -> Result<()> {
+        if let Some([class, positions]) = &mut self.grad {
+            visit(Param { name: "clip.class_embedding", value: &mut self.class_embedding, grad: class })?;
+            visit(Param { name: "clip.position_embedding.weight", value: &mut self.position_embedding, grad: positions })?;
+        }
+        self.patch_embedding.visit(&["clip.patch_embedding".to_owned()], visit)?;
+        self.pre_norm.visit("clip.pre_layernorm", visit)?;
+        self.layers.iter_mut().enumerate().try_for_each(|(i, layer)| layer.visit(i, visit))
+    }
+}
+
+pub(super) struct Layer {
+    pub(super) heads: Heads,
+    pub(super) norm1: LayerNorm,
+    pub(super) qkv: Linear, // [3 * hidden, hidden]
+    pub(super) out: Linear, // [hidden, hidden]
+    pub(super) norm2: LayerNorm,
+    pub(super) fc1: Linear, // [intermediate, hidden]
+    pub(super) fc2: Linear, // [hidden, intermediate]
+    pub(super) activation: Epilogue,
 }
 
 impl Layer {
@@ -111,6 +139,81 @@ impl Layer {
         self.norm2.forward(ops, &mut acts.normed, &acts.x)?;
         self.fc1.forward_with(ops, &mut acts.mlp, &acts.normed, self.activation)?;
         self.fc2.forward_add(ops, &mut acts.x, &acts.mlp)
+    }
+
+    /// As [`Layer::forward`], from x to y; what the way back needs stays in `s`.
+    pub(super) fn forward_saving(
+        &self,
+        ops: &dyn GradOps,
+        x: &Tensor,
+        y: &mut Tensor,
+        s: &mut Saved,
+        w: &mut Work,
+        spans: &[Span<'_>],
+    ) -> Result<()> {
+        self.norm1.forward(ops, &mut w.normed, x)?;
+        self.qkv.forward(ops, &mut s.qkv, &w.normed)?;
+        ops.attention_lse(&mut s.attn, &mut s.lse, &s.qkv, spans, self.heads, false)?;
+        copy(ops, &mut s.mid, x)?;
+        self.out.forward_add(ops, &mut s.mid, &s.attn)?;
+        self.norm2.forward(ops, &mut w.normed, &s.mid)?;
+        self.fc1.forward(ops, &mut s.mlp_in, &w.normed)?;
+        ops.activate(&mut w.act, &s.mlp_in, by_itself(self.activation))?;
+        copy(ops, y, &s.mid)?;
+        self.fc2.forward_add(ops, y, &w.act)
+    }
+
+    /// d_x, the gradient by y of [`Layer::forward_saving`], becomes that by x; those of parameters that are trained are added to.
+    pub(super) fn backward(
+        &mut self,
+        ops: &dyn GradOps,
+        x: &Tensor,
+        s: &Saved,
+        w: &mut Work,
+        d_x: &mut Tensor,
+        spans: &[Span<'_>],
+    ) -> Result<()> {
+        let f = by_itself(self.activation);
+        ops.activate(&mut w.act, &s.mlp_in, f)?;
+        self.fc2.backward(ops, Some(&mut w.d_act), d_x, &w.act)?;
+        ops.activate_backward(&mut w.d_mlp_in, &w.d_act, &s.mlp_in, f)?;
+        self.norm2.forward(ops, &mut w.normed, &s.mid)?;
+        self.fc1.backward(ops, Some(&mut w.d_normed), &w.d_mlp_in, &w.normed)?;
+        self.norm2.backward(ops, d_x, &w.d_normed, &s.mid)?;
+        self.out.backward(ops, Some(&mut w.d_attn), d_x, &s.attn)?;
+        ops.attention_backward(&mut w.d_qkv, &s.qkv, &s.attn, &w.d_attn, &s.lse, spans, self.heads, false)?;
+        self.norm1.forward(ops, &mut w.normed, x)?;
+        self.qkv.backward(ops, Some(&mut w.d_normed), &w.d_qkv, &w.normed)?;
+        self.norm1.backward(ops, d_x, &w.d_normed, x)
+    }
+
+    /// Makes room for gradients of all its parameters.
+    fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
+        [&mut self.qkv, &mut self.out, &mut self.fc1, &mut self.fc2].into_iter().try_for_each(|l| l.train(ops))?;
+        [&mut self.norm1, &mut self.norm2].into_iter().try_for_each(|norm| norm.train(ops))
+    }
+
+    /// Shows the parameters of layer `index` that are trained.
+    fn visit(&mut self, index: usize, visit: VisitParams<'_>) -> Result<()> {
+        let name = |module: &str| format!("clip.layers.{index}.{module}");
+        self.norm1.visit(&name("layer_norm1"), visit)?;
+        self.qkv.visit(&["q_proj", "k_proj", "v_proj"].map(|m| name(&format!("self_attn.{m}"))), visit)?;
+        self.out.visit(&[name("self_attn.out_proj")], visit)?;
+        self.norm2.visit(&name("layer_norm2"), visit)?;
+        self.fc1.visit(&[name("mlp.fc1")], visit)?;
+        self.fc2.visit(&[name("mlp.fc2")], visit)
+    }
+}
+
+/// The activation function of an epilogue, by itself.
+///
+/// # Panics
+/// If it has none: layers are loaded with one.
+pub(super) fn by_itself(epilogue: Epilogue) -> grad::Activation {
+    match epilogue {
+        Epilogue::QuickGelu => grad::Activation::QuickGelu,
+        Epilogue::Gelu => grad::Activation::Gelu,
+        Epilogue::Store | Epilogue::Add => panic!("{epilogue:?} is no activation function"),
     }
 }
 

@@ -6,18 +6,21 @@ use super::acts::{BlockActs, HEAD_ROWS, LlamaActs};
 use super::config::LlamaConfig;
 use super::load::Loader;
 use super::stage::{Ctx, LinearInput, Stage};
+use super::tape::{Saved, Work, copy};
 use crate::error::{Error, Result};
-use crate::nn::{Linear, RmsNorm, rope_table};
+use crate::nn::{Linear, RmsNorm, VisitParams, rope_table};
+use crate::ops::grad::{GradOps, Rotation};
 use crate::ops::{Heads, KvLayer, KvSource, Matrix, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 /// The decoder.
 pub struct Llama {
     pub(super) embedding: Arc<Tensor>, // [vocab, hidden]
-    blocks: Vec<Block>,
-    norm: RmsNorm,
-    head: Linear, // [vocab, hidden]
-    rope: RopeTable,
+    pub(super) embedding_grad: Option<Tensor>,
+    pub(super) blocks: Vec<Block>,
+    pub(super) norm: RmsNorm,
+    pub(super) head: Linear, // [vocab, hidden]
+    pub(super) rope: RopeTable,
 }
 
 impl Llama {
@@ -33,7 +36,8 @@ impl Llama {
             embedding,
             blocks: (0..config.n_layers).map(|i| Block::load(loader, config, i)).collect::<Result<_>>()?,
             norm: loader.rms_norm("llama.norm", config.hidden_size, config.rms_norm_eps)?,
-            head: Linear { weight: Weight::of(vec![head])?, bias: None },
+            head: Linear::new(Weight::of(vec![head])?, None),
+            embedding_grad: None,
             rope: rope_table(loader.ops, context_tokens, config.head_dim, config.rope_theta, &config.rope_scaling)?,
         })
     }
@@ -104,13 +108,13 @@ impl Llama {
 
 /// A layer of the decoder.
 pub struct Block {
-    heads: Heads,
-    attn_norm: RmsNorm,
-    qkv: Linear, // [(n_heads + 2 * n_kv_heads) * head_dim, hidden]
-    out: Linear, // [hidden, n_heads * head_dim]
-    mlp_norm: RmsNorm,
-    gate_up: Linear, // [2 * intermediate, hidden]
-    down: Linear,    // [hidden, intermediate]
+    pub(super) heads: Heads,
+    pub(super) attn_norm: RmsNorm,
+    pub(super) qkv: Linear, // [(n_heads + 2 * n_kv_heads) * head_dim, hidden]
+    pub(super) out: Linear, // [hidden, n_heads * head_dim]
+    pub(super) mlp_norm: RmsNorm,
+    pub(super) gate_up: Linear, // [2 * intermediate, hidden]
+    pub(super) down: Linear,    // [hidden, intermediate]
 }
 
 impl Block {
@@ -165,6 +169,74 @@ impl Block {
         ops.silu_mul(&mut a.act, &a.gate_up)?;
         ctx.observe(Stage::DecoderLinear(LinearInput::Down), &a.act)?;
         self.down.forward_add(ops, &mut a.x, &a.act)
+    }
+
+    #[allow(clippy::too_many_arguments)] // as the equation has them
+    /// As [`Block::forward`] of whole sequences without a cache, from x to y; what the way back needs stays in `s`.
+    pub(super) fn forward_saving(
+        &self,
+        ops: &dyn GradOps,
+        x: &Tensor,
+        y: &mut Tensor,
+        s: &mut Saved,
+        w: &mut Work,
+        rope: &RopeTable,
+        spans: &[Span<'_>],
+    ) -> Result<()> {
+        self.attn_norm.forward(ops, &mut w.normed, x)?;
+        self.qkv.forward(ops, &mut s.qkv, &w.normed)?;
+        ops.rope(&mut s.qkv, rope, spans, self.heads, Rotation::Forward)?;
+        ops.attention_lse(&mut s.attn, &mut s.lse, &s.qkv, spans, self.heads, true)?;
+        copy(ops, &mut s.mid, x)?;
+        self.out.forward_add(ops, &mut s.mid, &s.attn)?;
+        self.mlp_norm.forward(ops, &mut w.normed, &s.mid)?;
+        self.gate_up.forward(ops, &mut s.mlp_in, &w.normed)?;
+        ops.silu_mul(&mut w.act, &s.mlp_in)?;
+        copy(ops, y, &s.mid)?;
+        self.down.forward_add(ops, y, &w.act)
+    }
+
+    /// d_x, the gradient by y of [`Block::forward_saving`], becomes that by x; those of parameters that are trained are added to.
+    #[allow(clippy::too_many_arguments)] // as `forward_saving`
+    pub(super) fn backward(
+        &mut self,
+        ops: &dyn GradOps,
+        x: &Tensor,
+        s: &Saved,
+        w: &mut Work,
+        d_x: &mut Tensor,
+        rope: &RopeTable,
+        spans: &[Span<'_>],
+    ) -> Result<()> {
+        ops.silu_mul(&mut w.act, &s.mlp_in)?;
+        self.down.backward(ops, Some(&mut w.d_act), d_x, &w.act)?;
+        ops.silu_mul_backward(&mut w.d_mlp_in, &w.d_act, &s.mlp_in)?;
+        self.mlp_norm.forward(ops, &mut w.normed, &s.mid)?;
+        self.gate_up.backward(ops, Some(&mut w.d_normed), &w.d_mlp_in, &w.normed)?;
+        self.mlp_norm.backward(ops, d_x, &w.d_normed, &s.mid)?;
+        self.out.backward(ops, Some(&mut w.d_attn), d_x, &s.attn)?;
+        ops.attention_backward(&mut w.d_qkv, &s.qkv, &s.attn, &w.d_attn, &s.lse, spans, self.heads, true)?;
+        ops.rope(&mut w.d_qkv, rope, spans, self.heads, Rotation::Inverse)?;
+        self.attn_norm.forward(ops, &mut w.normed, x)?;
+        self.qkv.backward(ops, Some(&mut w.d_normed), &w.d_qkv, &w.normed)?;
+        self.attn_norm.backward(ops, d_x, &w.d_normed, x)
+    }
+
+    /// Makes room for gradients of all its parameters.
+    pub(super) fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
+        [&mut self.qkv, &mut self.out, &mut self.gate_up, &mut self.down].into_iter().try_for_each(|l| l.train(ops))?;
+        [&mut self.attn_norm, &mut self.mlp_norm].into_iter().try_for_each(|norm| norm.train(ops))
+    }
+
+    /// Shows the parameters of layer `index` that are trained.
+    pub(super) fn visit(&mut self, index: usize, visit: VisitParams<'_>) -> Result<()> {
+        let name = |module: &str| format!("llama.layers.{index}.{module}");
+        self.attn_norm.visit(&name("input_layernorm"), visit)?;
+        self.qkv.visit(&["q_proj", "k_proj", "v_proj"].map(|m| name(&format!("self_attn.{m}"))), visit)?;
+        self.out.visit(&[name("self_attn.o_proj")], visit)?;
+        self.mlp_norm.visit(&name("post_attention_layernorm"), visit)?;
+        self.gate_up.visit(&[name("mlp.gate_proj"), name("mlp.up_proj")], visit)?;
+        self.down.visit(&[name("mlp.down_proj")], visit)
     }
 
     /// As [`Block::forward`], but all rows give keys and values only; `tail.x` holds the output rows and goes through the rest.

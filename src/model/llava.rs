@@ -30,10 +30,10 @@ pub enum Slot {
 
 /// The whole model on a device.
 pub struct Llava {
-    config: LlavaConfig,
-    clip: Clip,
-    projector: Projector,
-    llama: Llama,
+    pub(super) config: LlavaConfig,
+    pub(super) clip: Clip,
+    pub(super) projector: Projector,
+    pub(super) llama: Llama,
 }
 
 impl Llava {
@@ -67,24 +67,33 @@ impl Llava {
 
     /// Features of `pixels` f32 `[images, 3, image_size, image_size]` on the device: `[images · tokens per image, hidden]`.
     pub fn encode(&self, ctx: &mut Ctx<'_>, pixels: &Tensor) -> Result<Tensor> {
+        let selected = self.select(ctx, pixels)?;
+        let features = self.projector.forward(ctx.ops, selected).map_err(|e| e.within("projector"))?;
+        ctx.observe(Stage::ImageFeatures, &features)?;
+        Ok(features)
+    }
+
+    /// What the tower gives to the projector: `[images · tokens per image, vision hidden]`.
+    pub(super) fn select(&self, ctx: &mut Ctx<'_>, pixels: &Tensor) -> Result<Tensor> {
         let n_images = pixels.rows();
         let tokens_per_image = self.config.tokens_per_image();
-        let clip_tokens = 1 + self.config.vision.n_patches();
         let mut selected =
             ctx.ops.alloc(&[n_images * tokens_per_image, self.config.vision.hidden_size], ctx.ops.activation_dtype())?;
         let mut acts = ClipActs::plan(ctx.ops, &self.config.vision, n_images.min(IMAGES_AT_ONCE))?;
         for first in (0..n_images).step_by(IMAGES_AT_ONCE) {
             let n = IMAGES_AT_ONCE.min(n_images - first);
             self.clip.forward(ctx, &mut acts, pixels, first..first + n)?;
-            let skip = usize::from(self.config.feature_select == FeatureSelect::Patch); // the class token comes first
-            let select = |i| RowCopy { dst: (first + i) * tokens_per_image, src: i * clip_tokens + skip, n_rows: tokens_per_image };
-            let selection: Vec<_> = (0..n).map(select).collect();
-            ctx.ops.copy_rows(&mut selected, &acts.x, &selection).map_err(|e| e.within("vision outputs"))?;
+            ctx.ops.copy_rows(&mut selected, &acts.x, &self.selection(first, n)).map_err(|e| e.within("vision outputs"))?;
         }
         ctx.observe(Stage::ClipSelected, &selected)?;
-        let features = self.projector.forward(ctx.ops, selected).map_err(|e| e.within("projector"))?;
-        ctx.observe(Stage::ImageFeatures, &features)?;
-        Ok(features)
+        Ok(selected)
+    }
+
+    /// Rows of the tower's output for `n` pictures, the first of which is picture `first`, that go on to the projector.
+    pub(super) fn selection(&self, first: usize, n: usize) -> Vec<RowCopy> {
+        let (n_rows, clip_tokens) = (self.config.tokens_per_image(), 1 + self.config.vision.n_patches());
+        let skip = usize::from(self.config.feature_select == FeatureSelect::Patch); // the class token comes first
+        (0..n).map(|i| RowCopy { dst: (first + i) * n_rows, src: i * clip_tokens + skip, n_rows }).collect()
     }
 
     /// Lays embeddings and image features out as the decoder's input: `slots` in order, in `acts`' input rows.
@@ -125,7 +134,7 @@ impl Llava {
 }
 
 /// Runs of slots that lie together both in the sequence and in their source: (text rows, image rows).
-fn splice(slots: &[Slot]) -> (Vec<RowCopy>, Vec<RowCopy>) {
+pub(super) fn splice(slots: &[Slot]) -> (Vec<RowCopy>, Vec<RowCopy>) {
     let (mut text, mut images) = (Vec::<RowCopy>::new(), Vec::<RowCopy>::new());
     let mut n_text = 0;
     for (dst, slot) in slots.iter().enumerate() {

@@ -38,7 +38,7 @@ impl Loader<'_> {
     /// y = x·Wᵀ: the matrices `prefix.{name}.weight`, `[n, k]` each, stacked.
     pub fn linear(&self, prefix: &str, parts: &[(&str, usize)], k: usize) -> Result<Linear> {
         let matrices = parts.iter().map(|(name, n)| self.module(&format!("{prefix}.{name}"), *n, k)).collect::<Result<_>>()?;
-        Ok(Linear { weight: Weight::of(matrices)?, bias: None })
+        Ok(Linear::new(Weight::of(matrices)?, None))
     }
 
     /// The matrix `[n, k]` of a module, as it is stored.
@@ -64,12 +64,12 @@ impl Loader<'_> {
 
     /// The RMS norm `name.weight`.
     pub fn rms_norm(&self, name: &str, hidden_size: usize, eps: f32) -> Result<RmsNorm> {
-        Ok(RmsNorm { weight: self.vector(&format!("{name}.weight"), &[hidden_size])?, eps })
+        Ok(RmsNorm { weight: self.vector(&format!("{name}.weight"), &[hidden_size])?, eps, grad: None })
     }
 
     /// The layer norm `name.weight`, `name.bias`.
     pub fn layer_norm(&self, name: &str, hidden_size: usize, eps: f32) -> Result<LayerNorm> {
         let weight = self.vector(&format!("{name}.weight"), &[hidden_size])?;
-        Ok(LayerNorm { weight, bias: self.vector(&format!("{name}.bias"), &[hidden_size])?, eps })
+        Ok(LayerNorm { weight, bias: self.vector(&format!("{name}.bias"), &[hidden_size])?, eps, grad: None })
     }
 }

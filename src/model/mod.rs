@@ -16,9 +16,13 @@ mod preprocess_json;
 mod projector;
 mod quantized;
 mod stage;
+mod tape;
+mod training;
 
 pub use acts::{BlockActs, LlamaActs};
 pub use llama::{Block, Llama};
 pub use llava::{Llava, Slot};
 pub use load::Loader;
 pub use stage::{Ctx, LinearInput, Observer, Stage};
+pub use tape::Recompute;
+pub use training::{Batch, Tape, Trained};

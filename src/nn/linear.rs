@@ -1,7 +1,12 @@
 //! Linear layers: the one place that knows how a weight is stored.
 
-use crate::error::Result;
-use crate::ops::{Epilogue, Ops, Weight};
+use std::sync::Arc;
+
+use super::param::{Param, VisitParams};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::ops::grad::{GradOps, Update};
+use crate::ops::{Epilogue, Matrix, Ops, Weight};
 use crate::tensor::Tensor;
 
 /// y = x·Wᵀ + b
@@ -11,9 +16,25 @@ pub struct Linear {
     pub weight: Weight,
     /// f32 `[n]`
     pub bias: Option<Tensor>,
+    /// Where the gradients add up, if it is trained.
+    pub grad: Option<LinearGrad>,
+}
+
+/// Gradients of a linear layer, f32.
+#[derive(Debug)]
+pub struct LinearGrad {
+    /// Of each part, `[n_i, k]`.
+    pub parts: Vec<Tensor>,
+    /// `[n]`, if there is a bias.
+    pub bias: Option<Tensor>,
 }
 
 impl Linear {
+    /// Of these, not trained.
+    pub fn new(weight: Weight, bias: Option<Tensor>) -> Self {
+        Self { weight, bias, grad: None }
+    }
+
     /// y = x·Wᵀ + b: x `[tokens, k]`, y `[tokens, n]`.
     pub fn forward(&self, ops: &dyn Ops, y: &mut Tensor, x: &Tensor) -> Result<()> {
         self.forward_with(ops, y, x, Epilogue::Store)
@@ -28,4 +49,69 @@ impl Linear {
     pub fn forward_with(&self, ops: &dyn Ops, y: &mut Tensor, x: &Tensor, epilogue: Epilogue) -> Result<()> {
         ops.linear(y, x, &self.weight, self.bias.as_ref(), epilogue)
     }
+
+    /// dx = dy·W, if it is wanted; dW += dyᵀ·x and db += Σ dy, if the layer is trained: dy `[tokens, n]`, x, dx `[tokens, k]`.
+    pub fn backward(&mut self, ops: &dyn GradOps, dx: Option<&mut Tensor>, dy: &Tensor, x: &Tensor) -> Result<()> {
+        if let Some(grad) = &mut self.grad {
+            let mut first_col = self.weight.first_col;
+            for dw in &mut grad.parts {
+                ops.linear_dw(dw, dy, first_col, x)?;
+                first_col += dw.rows();
+            }
+            if let Some(db) = &mut grad.bias {
+                ops.bias_backward(db, dy, self.weight.first_col)?;
+            }
+        }
+        dx.map_or(Ok(()), |dx| self.input_gradient(ops, dx, dy))
+    }
+
+    /// dx = dy·W: dy `[tokens, n]`, dx `[tokens, k]`.
+    pub fn input_gradient(&self, ops: &dyn GradOps, dx: &mut Tensor, dy: &Tensor) -> Result<()> {
+        ops.linear_dx(dx, dy, &self.weight, Update::Set)
+    }
+
+    /// Makes room for gradients: from now on the layer is trained.
+    ///
+    /// # Errors
+    /// If its matrix is packed, or not f32: what is trained must hold small steps.
+    pub fn train(&mut self, ops: &dyn Ops) -> Result<()> {
+        let mut parts = Vec::new();
+        for part in &mut self.weight.parts {
+            let Matrix::Dense(tensor) = part else { return Err(untrained(part)) };
+            if tensor.dtype() != DType::F32 {
+                return Err(untrained(part));
+            }
+            if tensor.is_mapped() {
+                // What is in a file is for reading only.
+                *tensor = Arc::new(ops.to_host(tensor)?);
+            }
+            parts.push(ops.alloc(tensor.shape(), DType::F32)?);
+        }
+        let bias = self.bias.as_ref().map(|b| ops.alloc(b.shape(), DType::F32)).transpose()?;
+        self.grad = Some(LinearGrad { parts, bias });
+        Ok(())
+    }
+
+    /// Shows its parameters, if it is trained: part i is module `names[i]`.
+    ///
+    /// # Errors
+    /// Those of `visit`; if a matrix has another owner, so that it cannot be changed.
+    pub fn visit(&mut self, names: &[String], visit: VisitParams<'_>) -> Result<()> {
+        let Some(grad) = &mut self.grad else { return Ok(()) };
+        for ((part, grad), name) in self.weight.parts.iter_mut().zip(&mut grad.parts).zip(names) {
+            let shared = || Error::Unsupported(format!("training {name}, which another layer shares"));
+            let Matrix::Dense(tensor) = part else { return Err(shared()) };
+            let value = Arc::get_mut(tensor).ok_or_else(shared)?;
+            visit(Param { name: &format!("{name}.weight"), value, grad })?;
+        }
+        if let (Some(value), Some(grad)) = (&mut self.bias, &mut grad.bias) {
+            // One bias for all parts: Q, K and V of the vision tower have theirs in one tensor.
+            visit(Param { name: &format!("{}.bias", names.join("+")), value, grad })?;
+        }
+        Ok(())
+    }
+}
+
+fn untrained(matrix: &Matrix) -> Error {
+    Error::Unsupported(format!("training a matrix in {}: take --dtype f32, in which small steps are not lost", matrix.storage()))
 }

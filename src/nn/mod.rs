@@ -2,8 +2,10 @@
 
 mod linear;
 mod norm;
+mod param;
 mod rope;
 
-pub use linear::Linear;
+pub use linear::{Linear, LinearGrad};
 pub use norm::{LayerNorm, RmsNorm};
+pub use param::{Param, VisitParams};
 pub use rope::{RopeScaling, rope_table};

@@ -1,0 +1,160 @@
+//! Gradients of whole models against PyTorch's autograd in f64 (tools/reference/make_gradients.py): every tensor, by name.
+
+mod support;
+
+use llava_engine::cpu::Cpu;
+use llava_engine::dtype::DType;
+use llava_engine::model::checkpoint::Checkpoint;
+use llava_engine::model::{Batch, Llava, Recompute, Slot, Tape, Trained};
+use llava_engine::tensor::Tensor;
+use safetensors::SafeTensors;
+use support::fixture;
+
+/// The error of a gradient, relative to the length of the reference's: ‖got − expected‖ / ‖expected‖.
+const ERROR: f64 = 1e-4;
+
+/// What PyTorch makes of a model.
+struct Reference(Vec<u8>);
+
+impl Reference {
+    fn read(name: &str) -> Self {
+        Self(std::fs::read(fixture(&format!("gradients/{name}.safetensors"))).unwrap())
+    }
+
+    fn f32(&self, name: &str) -> Vec<f32> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        bytemuck::pod_collect_to_vec(tensors.tensor(name).unwrap().data())
+    }
+
+    fn i32(&self, name: &str) -> Vec<i32> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        bytemuck::pod_collect_to_vec(tensors.tensor(name).unwrap().data())
+    }
+
+    /// Names of all parameters that have a gradient.
+    fn parameters(&self) -> Vec<String> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let mut names: Vec<_> = tensors.names().iter().filter_map(|n| Some(n.strip_prefix("grad.")?.to_owned())).collect();
+        names.sort();
+        names
+    }
+
+    /// Its two sequences in the model's positions: slots, what is learned, lengths.
+    fn batch(&self) -> (Vec<Slot>, Vec<bool>, Vec<usize>) {
+        let (mut slots, mut is_learned, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        let image = self.i32("image_token_id")[0];
+        let mut feature_row = 0;
+        for i in 0..2 {
+            let ids = self.i32(&format!("ids.{i}"));
+            lengths.push(ids.len());
+            for id in ids {
+                slots.push(if id == image { Slot::Image { feature_row } } else { Slot::Token(id as u32) });
+                feature_row += usize::from(id == image);
+            }
+            is_learned.extend(self.i32(&format!("is_learned.{i}")).iter().map(|&l| l != 0));
+        }
+        (slots, is_learned, lengths)
+    }
+}
+
+/// Loss and gradients of a model, by name.
+fn gradients(name: &str, threads: usize, trained: Trained, recompute: Recompute) -> (f64, Vec<(String, Vec<f32>)>) {
+    let reference = Reference::read(name);
+    let checkpoint = Checkpoint::open(&fixture(&format!("checkpoints/{name}")), None).unwrap();
+    let ops = Cpu::new(threads, DType::F32).unwrap();
+    let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, Some(DType::F32)).unwrap();
+    model.train(&ops, trained).unwrap();
+    let (slots, is_learned, lengths) = reference.batch();
+    let mut tape = Tape::plan(&ops, &checkpoint.config, trained, slots.len() + 5, 2, recompute).unwrap();
+    let size = checkpoint.config.vision.image_size;
+    let pixels = Tensor::from_slice(&[1, 3, size, size], &reference.f32("pixels"));
+    let batch = Batch { slots: &slots, is_learned: &is_learned, lengths: &lengths };
+    let scale = reference.f32("scale")[0];
+    // Twice into the same buffers: gradients add up, and nothing of a pass is left for the next.
+    let mut loss = 0.0;
+    for _ in 0..2 {
+        loss = model.gradients(&ops, &mut tape, Some(&pixels), &batch, scale / 2.0).unwrap();
+    }
+    let mut all = Vec::new();
+    model
+        .visit_params(&mut |param| {
+            assert_eq!(param.value.shape(), param.grad.shape(), "{}", param.name);
+            all.push((param.name.to_owned(), param.grad.to_f32()));
+            Ok(())
+        })
+        .unwrap();
+    (loss, all)
+}
+
+const MODELS: [&str; 2] = ["hf_mha_f32", "hf_gqa_bf16"];
+const ALL: Trained = Trained { vision: true, projector: true, decoder: true };
+
+#[test]
+fn every_parameter_has_the_gradient_that_autograd_finds() {
+    for name in MODELS {
+        let reference = Reference::read(name);
+        let (loss, gradients) = gradients(name, 2, ALL, Recompute::Selective);
+        let expected = f64::from(reference.f32("loss")[0]);
+        assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: the loss is {loss}, expected {expected}");
+        let mut names: Vec<_> = gradients.iter().map(|(name, _)| name.clone()).collect();
+        names.sort();
+        assert_eq!(names, reference.parameters(), "{name}");
+        for (parameter, got) in gradients {
+            let expected = reference.f32(&format!("grad.{parameter}"));
+            assert_eq!(got.len(), expected.len(), "{name}: {parameter}");
+            let length = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+            let error = length(&mut got.iter().zip(&expected).map(|(g, e)| f64::from(*g) - f64::from(*e)));
+            let of = length(&mut expected.iter().map(|e| f64::from(*e)));
+            // A key's bias moves all scores of a query alike: its gradient is zero but for rounding, and is left to the length of Q's and V's.
+            assert!(of > 0.0 && error <= ERROR * of, "{name}: the gradient of {parameter} is off by {} of its length", error / of);
+        }
+    }
+}
+
+/// Parts that are trained alone have the gradients that they have in company, to the last bit.
+#[test]
+fn parts_are_trained_alone() {
+    for name in MODELS {
+        let (_, all) = gradients(name, 2, ALL, Recompute::Selective);
+        let parts = [(true, false, false, "clip."), (false, true, false, "projector."), (false, false, true, "llama.")];
+        for (vision, projector, decoder, prefix) in parts {
+            let (_, alone) = gradients(name, 2, Trained { vision, projector, decoder }, Recompute::Selective);
+            let expected: Vec<_> = all.iter().filter(|(name, _)| name.starts_with(prefix)).cloned().collect();
+            assert!(!expected.is_empty() && alone == expected, "{name}: {prefix} alone");
+        }
+    }
+}
+
+/// Neither computing layers again nor another number of threads changes a bit.
+#[test]
+fn recomputing_and_threads_change_nothing() {
+    for name in MODELS {
+        let expected = gradients(name, 2, ALL, Recompute::Selective);
+        assert!(gradients(name, 2, ALL, Recompute::Full) == expected, "{name}: recomputed");
+        assert!(gradients(name, 1, ALL, Recompute::Selective) == expected, "{name}: one thread");
+    }
+}
+
+#[test]
+fn what_cannot_be_trained_is_refused() {
+    let checkpoint = Checkpoint::open(&fixture("checkpoints/hf_gqa_bf16"), None).unwrap();
+    let ops = Cpu::new(1, DType::F32).unwrap();
+    let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, None).unwrap();
+    let error = model.train(&ops, ALL).unwrap_err().to_string();
+    assert!(error.contains("bf16") && error.contains("--dtype f32"), "{error}");
+
+    let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, Some(DType::F32)).unwrap();
+    let trained = Trained { vision: false, projector: true, decoder: false };
+    model.train(&ops, trained).unwrap();
+    let mut tape = Tape::plan(&ops, &checkpoint.config, trained, 8, 1, Recompute::Full).unwrap();
+    let slots = [1, 2, 3].map(Slot::Token);
+    let mut run = |slots: &[Slot], is_learned: &[bool], lengths: &[usize]| {
+        model.gradients(&ops, &mut tape, None, &Batch { slots, is_learned, lengths }, 1.0).unwrap_err().to_string()
+    };
+    assert!(run(&slots, &[true, false, false], &[3]).contains("position 0"));
+    assert!(run(&slots, &[false, true, true], &[1, 2]).contains("position 1"));
+    assert!(run(&slots, &[false, true], &[3]).contains("training pass"));
+    let with_image = [Slot::Token(1), Slot::Image { feature_row: 0 }];
+    assert!(run(&with_image, &[false, true], &[2]).contains("position 1"));
+    assert!(run(&with_image, &[false, false], &[2]).contains("no pictures"));
+}

@@ -1,0 +1,68 @@
+"""Gradients of whole tiny models by PyTorch's autograd, in f64: tests/fixtures/gradients/NAME.safetensors.
+
+Two sequences, one with a picture and one of text alone, some tokens of which are to be learned; the loss is the sum over these, times
+SCALE. Names are the engine's own; biases of Q, K and V are one tensor, as the engine has them.
+"""
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlavaForConditionalGeneration
+
+from common import FIXTURES, rng
+
+MODELS = ["hf_mha_f32", "hf_gqa_bf16"]
+TOKENS = [13, 9]  # besides the picture
+SCALE = 0.125
+RENAMED = [
+    ("model.vision_tower.vision_model.", "model.vision_tower."), ("model.vision_tower.embeddings.", "clip."),
+    ("model.vision_tower.pre_layrnorm", "clip.pre_layernorm"), ("model.vision_tower.encoder.", "clip."),
+    ("model.multi_modal_projector.", "projector."), ("model.language_model.", "llama."), ("lm_head.", "llama.lm_head."),
+]
+
+
+def canonical(name: str) -> str:
+    for old, new in RENAMED:
+        if name.startswith(old):
+            name = new + name[len(old):]
+    return name
+
+
+def make(name: str) -> None:
+    model = LlavaForConditionalGeneration.from_pretrained(
+        FIXTURES / "checkpoints" / name, dtype=torch.float64, attn_implementation="eager")
+    config, random = model.config, rng("gradients", name)
+    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    n_features = (size // patch) ** 2 + (config.vision_feature_select_strategy == "full")
+    pixels = torch.from_numpy(random.standard_normal((1, 3, size, size))).float()
+    out = {"pixels": pixels}
+    loss = 0
+    for i, n in enumerate(TOKENS):
+        ids = random.integers(3, config.text_config.vocab_size, n)
+        ids[ids == config.image_token_id] = 3
+        learned = random.random(n) < 0.6
+        learned[:3], learned[-1] = False, True
+        ids, learned = torch.from_numpy(ids), torch.from_numpy(learned)
+        if i == 0:
+            image = torch.full((n_features,), config.image_token_id)
+            ids = torch.cat([ids[:2], image, ids[2:]])
+            learned = torch.cat([learned[:2], torch.zeros(n_features, dtype=torch.bool), learned[2:]])
+        logits = model(input_ids=ids[None], pixel_values=pixels.double() if i == 0 else None).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+        loss = loss + losses[learned[1:]].sum()
+        out[f"ids.{i}"], out[f"is_learned.{i}"] = ids.int(), learned.int()
+    (loss * SCALE).backward()
+    out["loss"], out["scale"] = loss.detach().float().reshape(1), torch.tensor([SCALE])
+    out["image_token_id"] = torch.tensor([config.image_token_id]).int()
+    grads = {canonical(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for q in [n for n in grads if n.endswith("q_proj.bias")]:
+        names = [q.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+        grads["+".join(n.removesuffix(".bias") for n in names) + ".bias"] = torch.cat([grads.pop(n) for n in names])
+    out |= {"grad." + n: g.float().contiguous() for n, g in grads.items()}
+    (FIXTURES / "gradients").mkdir(exist_ok=True)
+    save_file(out, FIXTURES / "gradients" / f"{name}.safetensors")
+    print(name, loss.item(), len(grads), [n for n in grads][:6])
+
+
+if __name__ == "__main__":
+    for name in MODELS:
+        make(name)
