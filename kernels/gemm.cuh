@@ -22,22 +22,22 @@ __device__ inline float finish(float r, float old, int epilogue) {
     return r;
 }
 
-// Rows of W that lie together, and what they have in y.
-template <typename T> struct Part {
-    const T* w;
+// Rows of W that lie together, and what they have in y. W is how they are found: `const T*`, or Packed (packed.cuh).
+template <typename W> struct Part {
+    W w;
     int first_col, n;
 };
 
 // W: parts [n[i], k] of one k; those that there are not have n = 0.
-template <typename T> struct Parts {
-    const T* w[3];
+template <typename W> struct Parts {
+    W w[3];
     int n[3];
 
     __device__ int n_tiles(int tile_cols) const { return ceil_div(n[0], tile_cols) + ceil_div(n[1], tile_cols) + ceil_div(n[2], tile_cols); }
 
     // The part that tile number `tile` is one of; `tile` becomes its number there.
-    __device__ Part<T> of_tile(int& tile, int tile_cols) const {
-        Part<T> part = {w[0], 0, n[0]};
+    __device__ Part<W> of_tile(int& tile, int tile_cols) const {
+        Part<W> part = {w[0], 0, n[0]};
 #pragma unroll
         for (int i = 1; i < 3; ++i) {
             const int n_before = ceil_div(part.n, tile_cols);
@@ -59,7 +59,7 @@ template <typename T> struct Output {
     bool is_f32;
 
     // That of one part of W.
-    __device__ Output of(const Part<T>& part) const {
+    template <typename W> __device__ Output of(const Part<W>& part) const {
         Output its = *this;
         its.y = static_cast<char*>(y) + size_t(part.first_col) * (is_f32 ? sizeof(float) : sizeof(T));
         its.bias = bias ? bias + part.first_col : nullptr;
@@ -99,13 +99,13 @@ template <typename T> struct Output {
 };
 
 // A block's tile: its part of W, and its first row and column of what that gives. In x the grid has one block for each tile.
-template <typename T> struct TilePlace {
-    Part<T> part;
+template <typename W> struct TilePlace {
+    Part<W> part;
     int row, col;
 
     // Tiles are taken in groups of GROUP rows of tiles, within a group column by column: the blocks that run at one time then read few
     // different rows of x and few of W, and find most of them in L2.
-    __device__ TilePlace(int tile_rows, int tile_cols, int tokens, const Parts<T>& parts) {
+    __device__ TilePlace(int tile_rows, int tile_cols, int tokens, const Parts<W>& parts) {
         constexpr int GROUP = 16;
         const int n_rows = ceil_div(tokens, tile_rows), n_cols = parts.n_tiles(tile_cols);
         const int tile = blockIdx.x, per_group = GROUP * n_cols;

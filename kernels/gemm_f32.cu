@@ -2,11 +2,13 @@
 //
 //   y[t, j] = epilogue(Σ_i x[t, i]·W[j, i] + bias[j])
 //
-// Layouts, grid and splits: as gemm.cu. x, W and y of f32, any size. Each sum in the order of k, then of splits.
+// Layouts, grid and splits: as gemm.cu. x and y of f32, W of f32, any size, or of packed integers (packed.cuh). Each sum in the order of k,
+// then of splits.
 //
-//   gemm_f32        64 x 64 x 16: 17 KiB of shared memory
-//   gemm_small_f32  32 x 32 x 16: 9 KiB of shared memory
+//   gemm_*        64 x 64 x 16: 17 KiB of shared memory
+//   gemm_small_*  32 x 32 x 16: 9 KiB of shared memory
 #include "gemm.cuh"
+#include "packed.cuh"
 
 namespace {
 
@@ -30,17 +32,21 @@ template <int ROWS_, int COLS_> struct Shape {
 using Large = Shape<64, 64>;
 using Small = Shape<32, 32>;
 
+// The element of an operand, a matrix [any, k], at (row, col).
+__device__ inline float element(const float* matrix, int row, int col, int k) { return matrix[size_t(row) * k + col]; }
+template <int BITS> __device__ inline float element(const Packed<BITS>& matrix, int row, int col, int) { return matrix.at(row, col); }
+
 // A thread's share of ROWS rows of an operand, on its way from global to shared memory.
 template <int ROWS, int STRIDE> struct Slice {
     static constexpr int N = ROWS * K / THREADS;
     float values[N];
 
-    __device__ void load(const float* from, int first_row, int n_rows, int k0, int k) {
+    template <typename Matrix> __device__ void load(const Matrix& from, int first_row, int n_rows, int k0, int k) {
         const int col = k0 + threadIdx.x % K, row0 = first_row + threadIdx.x / K;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const int row = row0 + i * (THREADS / K);
-            values[i] = row < n_rows && col < k ? from[size_t(row) * k + col] : 0.0f;
+            values[i] = row < n_rows && col < k ? element(from, row, col, k) : 0.0f;
         }
     }
     __device__ void store(float* to) const {
@@ -49,11 +55,11 @@ template <int ROWS, int STRIDE> struct Slice {
     }
 };
 
-template <typename S>
-__device__ inline void gemm(const Output<float>& whole, const float* x, const Parts<float>& w, float* partial, unsigned* arrived, int k,
+template <typename S, typename W>
+__device__ inline void gemm(const Output<float>& whole, const float* x, const Parts<W>& w, float* partial, unsigned* arrived, int k,
                             float* shared) {
     begin_launch();
-    const TilePlace<float> place(S::ROWS, S::COLS, whole.tokens, w);
+    const TilePlace<W> place(S::ROWS, S::COLS, whole.tokens, w);
     const Output<float> out = whole.of(place.part);
     const int row = threadIdx.x / S::THREAD_COLS * S::M, col = threadIdx.x % S::THREAD_COLS * 4;
     const Steps steps(k, K);
@@ -100,14 +106,28 @@ __device__ inline void gemm(const Output<float>& whole, const float* x, const Pa
 
 }  // namespace
 
-#define INSTANCE(name, S)                                                                                                             \
-    KERNEL(THREADS) name(void* y, const float* x, const float* w0, const float* w1, const float* w2, const float* bias,              \
-                         float* partial, unsigned* arrived, int tokens, int n0, int n1, int n2, int k, int y_stride, int epilogue,   \
-                         int y_is_f32) {                                                                                             \
-        SHARED_MEMORY(shared);                                                                                                       \
-        const Output<float> out = {y, bias, tokens, n0 + n1 + n2, size_t(y_stride), epilogue, y_is_f32 != 0};                        \
-        gemm<S>(out, x, {{w0, w1, w2}, {n0, n1, n2}}, partial, arrived, k, reinterpret_cast<float*>(shared));                        \
-    }                                                                                                                                \
+#define ARGUMENTS                                                                                                                   \
+    const float *bias, float *partial, unsigned *arrived, int tokens, int n0, int n1, int n2, int k, int y_stride, int epilogue, \
+        int y_is_f32
+#define GEMM(S, W)                                                                                                 \
+    SHARED_MEMORY(shared);                                                                                         \
+    const Output<float> out = {y, bias, tokens, n0 + n1 + n2, size_t(y_stride), epilogue, y_is_f32 != 0};          \
+    gemm<S>(out, x, W, partial, arrived, k, reinterpret_cast<float*>(shared))
+
+#define INSTANCE(name, S)                                                                                                 \
+    KERNEL(THREADS) name(void* y, const float* x, const float* w0, const float* w1, const float* w2, ARGUMENTS) {         \
+        GEMM(S, (Parts<const float*>{{w0, w1, w2}, {n0, n1, n2}}));                                                       \
+    }                                                                                                                     \
     REGISTER_KERNEL(name)
 INSTANCE(gemm_f32, Large)
 INSTANCE(gemm_small_f32, Small)
+
+#define PACKED_INSTANCE(name, BITS, S)                                                                 \
+    KERNEL(THREADS) name(void* y, const float* x, PACKED_POINTERS, ARGUMENTS, int group) {             \
+        GEMM(S, PACKED_PARTS(BITS));                                                                   \
+    }                                                                                                  \
+    REGISTER_KERNEL(name)
+PACKED_INSTANCE(gemm_packed4_f32, 4, Large)
+PACKED_INSTANCE(gemm_packed8_f32, 8, Large)
+PACKED_INSTANCE(gemm_small_packed4_f32, 4, Small)
+PACKED_INSTANCE(gemm_small_packed8_f32, 8, Small)

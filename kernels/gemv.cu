@@ -132,9 +132,9 @@ template <typename T> struct Work {
     int row;
     bool vectors;
 
-    __device__ Work(const Output<T>& whole, const T* x, const Parts<T>& parts, int k) {
+    __device__ Work(const Output<T>& whole, const T* x, const Parts<const T*>& parts, int k) {
         int tile = blockIdx.x;
-        const Part<T> part = parts.of_tile(tile, ROWS);
+        const Part<const T*> part = parts.of_tile(tile, ROWS);
         out = whole.of(part);
         w = part.w;
         row = tile * ROWS;

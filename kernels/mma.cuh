@@ -25,6 +25,10 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
 // Two f32 as two 16-bit floats in one register, `low` in the low half: how results become operands.
 template <typename T> __device__ inline uint32_t pack2(float low, float high);
 
+// a - b and a·b + c of such pairs of f16, each rounded once.
+__device__ inline uint32_t sub2_f16(uint32_t a, uint32_t b);
+__device__ inline uint32_t fma2_f16(uint32_t a, uint32_t b, uint32_t c);
+
 // 2^x, at most 2 units in the last place off; 0 where that is below the normal numbers: for what is rounded to 16 bits next.
 __device__ inline float exp2_approx(float x);
 
@@ -52,7 +56,29 @@ template <typename T> inline uint32_t pack2(float low, float high) {
     return uint32_t(from_f32<T>(low).bits) | uint32_t(from_f32<T>(high).bits) << 16;
 }
 
+inline float low_f16(uint32_t pair) { return to_f32(f16{uint16_t(pair)}); }
+inline float high_f16(uint32_t pair) { return to_f32(f16{uint16_t(pair >> 16)}); }
+
+inline uint32_t sub2_f16(uint32_t a, uint32_t b) { return pack2<f16>(low_f16(a) - low_f16(b), high_f16(a) - high_f16(b)); }
+
+// Rounded to f32 first, which makes a difference for one sum in some thousands.
+inline uint32_t fma2_f16(uint32_t a, uint32_t b, uint32_t c) {
+    return pack2<f16>(fmaf(low_f16(a), low_f16(b), low_f16(c)), fmaf(high_f16(a), high_f16(b), high_f16(c)));
+}
+
 #else
+
+__device__ inline uint32_t sub2_f16(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ inline uint32_t fma2_f16(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
 
 __device__ inline float exp2_approx(float x) {
     float y;

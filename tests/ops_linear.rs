@@ -129,7 +129,9 @@ fn packed(device: &TestDevice, n: usize, k: usize, format: Format, seed: u64) ->
     let largest = (1 << (format.bits - 1)) as f32;
     let scales: Vec<f32> = random(scales_shape.iter().product(), seed + 60).iter().map(|s| (0.5 + s.abs()) / largest).collect();
     let halves = |values: Vec<f32>| Tensor::from_slice(&scales_shape, &values.into_iter().map(f16::from_f32).collect::<Vec<_>>());
-    let offsets = format.has_offsets.then(|| halves(scales.iter().map(|s| -s * (largest - 0.6)).collect()));
+    // Weights around zero, and all of one sign, down to offsets that are nothing beside the scale.
+    let of_scale = [0.6 - largest, -1.3, 0.01, 0.6 - largest, 0.0];
+    let offsets = format.has_offsets.then(|| halves(scales.iter().zip(of_scale.iter().cycle()).map(|(s, o)| s * o).collect()));
     let packed = Packed::new(n, k, Tensor::from_slice(&words_shape, &words), halves(scales), offsets).unwrap();
     let up = |t: &Tensor| {
         let mut copy = Tensor::zeros(t.shape(), t.dtype());
@@ -149,7 +151,7 @@ fn packed_weights() {
             [(4, 32, false), (4, 64, true), (4, 128, false), (4, 128, true), (8, 32, false), (8, 128, false)]
         {
             let format = Some(Format::new(bits, group, has_offsets).unwrap());
-            for tokens in [1, 2, 5, 8, 9, 40] {
+            for tokens in [1, 2, 5, 8, 9, 17, 64, 111] {
                 for (n, k) in [(1, group), (16, 3 * group), (111, 1152), (37, 640)] {
                     Case { format, ..Case::new(tokens, n, k).variant(i) }.check(&device);
                     i += 1;
@@ -209,6 +211,19 @@ fn large_tiles() {
     }
 }
 
+/// The same with large tiles, with tails in both directions and of the last step.
+#[test]
+fn large_tiles_of_packed_weights() {
+    for device in kernel_devices() {
+        // src/cuda/packed.rs tests that these are large enough.
+        let (tokens, n) = if device.dtype == DType::F32 { (257, 1100) } else { (577, 1700) };
+        for (i, (bits, has_offsets)) in [(4, true), (8, false)].into_iter().enumerate() {
+            let format = Some(Format::new(bits, 32, has_offsets).unwrap());
+            Case { format, ..Case::new(tokens, n, 96) }.variant(i + 2).check(&device);
+        }
+    }
+}
+
 /// More parts than a launch takes, some of them of one row: each has its own tiles and columns.
 #[test]
 fn many_parts() {
@@ -216,6 +231,10 @@ fn many_parts() {
         for (i, tokens) in [1, 9, 70].into_iter().enumerate() {
             let case = Case { parts: vec![5, 130, 1, 64, 17], bias: i % 2 == 0, margin: (3, 5), ..Case::new(tokens, 1, 40) };
             case.check(&device);
+            if device.ops.weight_dtype().is_some() {
+                let format = Some(Format::new(4, 32, i == 1).unwrap());
+                Case { k: 96, format, ..case }.check(&device);
+            }
         }
     }
 }

@@ -1,4 +1,6 @@
-//! Launches of `kernels/gemm.cu`, `kernels/gemm_f32.cu` and `kernels/gemv.cu`.
+//! Products with dense weights, by `kernels/gemm.cu`, `gemm_f32.cu`, `gemv.cu`, or a library; and [`Ops::linear`], which leads to them.
+//!
+//! [`Ops::linear`]: crate::ops::Ops::linear
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -6,41 +8,11 @@ use std::sync::{Mutex, PoisonError};
 use super::Cuda;
 use super::driver::{Arg, DevicePtr, Function, Grid, Launch, Matmul};
 use super::launch::{Kernel, address, int};
+use super::product::{GEMV_MAX_TOKENS, MAX_PARTS, Operands, Tile, plan};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{Epilogue, Run, Weight, check};
 use crate::tensor::Tensor;
-
-/// Up to here a product's time is that of reading its weights, and `gemv.cu` does it.
-pub(super) const GEMV_MAX_TOKENS: usize = 8;
-/// Rows of W of a block of `gemv.cu`.
-pub(super) const GEMV_ROWS: usize = 16;
-/// Threads of a block there.
-pub(super) const GEMV_THREADS: usize = 256;
-/// One f32 for each warp, token and row.
-pub(super) const GEMV_SHARED_BYTES: usize = GEMV_THREADS / 32 * GEMV_MAX_TOKENS * GEMV_ROWS * 4;
-
-/// Threads of a block of the other two files.
-const GEMM_THREADS: usize = 128;
-/// More splits than this cost more in sums than they bring.
-const MAX_SPLITS: usize = 8;
-
-/// A kernel that makes `rows` x `cols` of y with a block, and what a multiprocessor that is full of blocks spends on one, in clocks.
-#[derive(Debug, PartialEq, Eq)]
-struct Tile {
-    kernel: Kernel,
-    rows: usize,
-    cols: usize,
-    /// What a block advances by along k.
-    k_step: usize,
-    shared_bytes: usize,
-    /// For each of k.
-    clocks_per_k: usize,
-    /// To fill the pipeline and to write y.
-    fixed_clocks: usize,
-    /// To write or to read the tile in f32, where it is split.
-    clocks_per_part: usize,
-}
 
 /// Who may make products of many tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,29 +21,6 @@ pub(super) enum Maker {
     Any,
     /// Our own kernels.
     Kernels,
-}
-
-/// Parts of a weight that one launch takes.
-pub(super) const MAX_PARTS: usize = 3;
-
-/// tokens × rows of each part × k of a product
-#[derive(Clone, Copy)]
-struct Size {
-    tokens: usize,
-    n: [usize; MAX_PARTS],
-    k: usize,
-}
-
-impl Tile {
-    /// Every part has tiles of its own.
-    fn count(&self, size: Size) -> usize {
-        size.tokens.div_ceil(self.rows) * size.n.iter().map(|n| n.div_ceil(self.cols)).sum::<usize>()
-    }
-
-    /// Bytes of the sums that `splits` blocks of each tile leave for the last one.
-    fn partial_bytes(&self, size: Size, splits: usize) -> usize {
-        if splits == 1 { 0 } else { self.count(size) * splits * self.rows * self.cols * 4 }
-    }
 }
 
 /// Tensor cores do 1024 multiply-adds a clock. Small tiles read so much from shared memory that they come to two thirds of that.
@@ -99,7 +48,7 @@ const HALF_TILES: [Tile; 2] = [
 ];
 
 /// The other cores do 128; again small tiles wait for shared memory.
-const F32_TILES: [Tile; 2] = [
+pub(super) const F32_TILES: [Tile; 2] = [
     Tile {
         kernel: Kernel::Gemm,
         rows: 64,
@@ -122,85 +71,12 @@ const F32_TILES: [Tile; 2] = [
     },
 ];
 
-/// Time until the last split of a tile knows that it is the last, in clocks.
-const JOIN_CLOCKS: usize = 700;
-
-/// The tile and the number of splits that should take the least time on so many multiprocessors.
-fn plan(tiles: &'static [Tile], size: Size, n_multiprocessors: usize) -> (&'static Tile, usize) {
-    let k = size.k;
-    let time = |tile: &Tile, splits: usize| {
-        // The multiprocessor with the most blocks is the last to finish. A block that is alone on one leaves it idle while it waits, a
-        // quarter of the time or so.
-        let blocks = (tile.count(size) * splits).div_ceil(n_multiprocessors);
-        let thirds = blocks / 2 * 6 + blocks % 2 * 4;
-        let steps = k.div_ceil(tile.k_step).div_ceil(splits);
-        let join = if splits == 1 { 0 } else { JOIN_CLOCKS + (1 + splits) * tile.clocks_per_part };
-        thirds * (steps * tile.k_step * tile.clocks_per_k + tile.fixed_clocks + join)
-    };
-    let splits_of = |tile: &Tile| 1..=MAX_SPLITS.min(k.div_ceil(tile.k_step)).max(1);
-    let all = tiles.iter().flat_map(|tile| splits_of(tile).map(move |splits| (tile, splits)));
-    all.min_by_key(|&(tile, splits)| time(tile, splits)).expect("there are tiles")
-}
-
-/// Device memory in which the splits of a product leave their sums. Launches are done in order, so all products share it.
-#[derive(Default)]
-pub(super) struct SplitSums(Mutex<Option<Sums>>);
-
-struct Sums {
-    /// Of f32, as many as any product needed yet.
-    partial: Tensor,
-    /// How many splits of a tile are done: zero between launches.
-    arrived: Tensor,
-}
-
 /// Products of the driver's library that were asked for; none for those that it has not.
 #[derive(Default)]
 pub(super) struct Library(Mutex<HashMap<Matmul, Option<Function>>>);
 
 /// What the library wants addresses to be multiples of, for its fastest kernels.
 const LIBRARY_ALIGNMENT: u64 = 256;
-
-/// What a product is made of and where it goes, but for W.
-#[derive(Clone, Copy)]
-pub(super) struct Operands {
-    /// The first element of the first row.
-    pub y: DevicePtr,
-    pub y_dtype: DType,
-    pub y_stride: usize,
-    pub x: DevicePtr,
-    pub bias: Option<DevicePtr>,
-    pub tokens: usize,
-    pub k: usize,
-    pub epilogue: Epilogue,
-}
-
-impl Operands {
-    /// The same for the rows of W from `row` on, of which the first has column `first_col` of y.
-    fn at_column(&self, first_col: usize, row: usize) -> Self {
-        let y = self.y.offset((first_col + row) * self.y_dtype.size());
-        Self { y, bias: self.bias.map(|bias| bias.offset(row * DType::F32.size())), ..*self }
-    }
-}
-
-/// A product, as every kernel of this module takes it.
-struct Product {
-    y: DevicePtr,
-    x: DevicePtr,
-    /// The parts; what there is not is null.
-    w: [DevicePtr; MAX_PARTS],
-    bias: DevicePtr,
-    size: Size,
-    /// The last arguments: tokens, rows of each part, k, y_stride, epilogue, y_is_f32.
-    scalars: [Arg; 5 + MAX_PARTS],
-}
-
-impl Product {
-    /// The first arguments: y, x, the parts of W, bias.
-    fn pointers(&self) -> [Arg; 3 + MAX_PARTS] {
-        let [w0, w1, w2] = self.w;
-        [self.y, self.x, w0, w1, w2, self.bias].map(Arg::Ptr)
-    }
-}
 
 impl Cuda {
     /// [`Ops::linear`](crate::ops::Ops::linear)
@@ -255,13 +131,13 @@ impl Cuda {
                     }
                 }
                 Run::Packed(parts) => {
-                    for part in parts {
+                    for parts in parts.chunks(MAX_PARTS) {
                         // SAFETY: x has `tokens` rows of k, each part n rows of k, all of this device's dtype, or packed (`Packed::new`); y
                         // has `tokens` rows of `y_stride`, at least `first_col` and the rows of all parts, in this dtype or f32; the bias,
                         // if there is one, has an f32 for each row of all parts (`check::linear`, `check::dtype`). y is borrowed alone, so
                         // nothing else lies in it.
-                        unsafe { self.packed(maker, &operands.at_column(w.first_col, row), part)? };
-                        row += part.n;
+                        unsafe { self.packed(&operands.at_column(w.first_col, row), parts)? };
+                        row += parts.iter().map(|part| part.n).sum::<usize>();
                     }
                 }
             }
@@ -279,34 +155,17 @@ impl Cuda {
         operands: &Operands,
         matrices: [Option<(DevicePtr, usize)>; MAX_PARTS],
     ) -> Result<()> {
-        const OP: &str = "linear";
-        let &Operands { y, y_dtype, y_stride, x, bias, tokens, k, epilogue } = operands;
+        let tokens = operands.tokens;
         let n = matrices.map(|m| m.map_or(0, |(_, n)| n));
         if tokens == 0 || n == [0; MAX_PARTS] {
             return Ok(());
         }
-        let product = Product {
-            y,
-            x,
-            w: matrices.map(|m| m.map_or(DevicePtr(0), |(w, _)| w)),
-            bias: bias.unwrap_or(DevicePtr(0)),
-            size: Size { tokens, n, k },
-            scalars: [
-                int(OP, "tokens", tokens)?,
-                int(OP, "rows of W", n[0])?,
-                int(OP, "rows of W", n[1])?,
-                int(OP, "rows of W", n[2])?,
-                int(OP, "width of x", k)?,
-                int(OP, "width of y", y_stride)?,
-                Arg::Int(epilogue as i32),
-                Arg::Int((y_dtype == DType::F32).into()),
-            ],
-        };
+        let product = operands.with(n, matrices.map(|m| m.map_or(DevicePtr(0), |(w, _)| w)))?;
         // SAFETY: the caller's.
         unsafe {
             if tokens <= GEMV_MAX_TOKENS {
-                self.gemv(&product)?;
-            } else if maker == Maker::Kernels || !self.by_library(&product, y_dtype, y_stride, epilogue)? {
+                self.gemv(Kernel::Gemv, &product)?;
+            } else if maker == Maker::Kernels || !self.by_library(operands, matrices)? {
                 let tiles = if self.dtype == DType::F32 { &F32_TILES } else { &HALF_TILES };
                 let (tile, splits) = plan(tiles, product.size, self.driver.n_multiprocessors());
                 self.gemm(&product, tile, splits)?;
@@ -319,16 +178,16 @@ impl Cuda {
     /// bias, which it wants in the dtype of y, or with an activation, of which it has only an approximation.
     ///
     /// # Safety
-    /// Every pointer of the product leads to what its scalars say, on this device.
-    unsafe fn by_library(&self, product: &Product, y_dtype: DType, y_stride: usize, epilogue: Epilogue) -> Result<bool> {
-        let &Product { y, x, w, bias, size: Size { tokens, n, k }, .. } = product;
+    /// As [`Cuda::dense`].
+    unsafe fn by_library(&self, operands: &Operands, matrices: [Option<(DevicePtr, usize)>; MAX_PARTS]) -> Result<bool> {
+        let &Operands { y, y_dtype, y_stride, x, bias, tokens, k, epilogue } = operands;
         let has_epilogue = matches!(epilogue, Epilogue::Store | Epilogue::Add);
-        if self.dtype == DType::F32 || bias != DevicePtr(0) || !has_epilogue || k == 0 {
+        if self.dtype == DType::F32 || bias.is_some() || !has_epilogue || k == 0 {
             return Ok(false);
         }
         let mut launches = Vec::new();
         let mut column = 0;
-        for (&w, &n) in w.iter().zip(&n).filter(|(_, n)| **n > 0) {
+        for (w, n) in matrices.into_iter().flatten().filter(|&(_, n)| n > 0) {
             let y = y.offset(column * y_dtype.size());
             column += n;
             let add = epilogue == Epilogue::Add;
@@ -364,54 +223,6 @@ impl Cuda {
         known.insert(matmul, function);
         Ok(function)
     }
-
-    /// # Safety
-    /// Every pointer of the product leads to what its scalars say, on this device; there are tokens, at most [`GEMV_MAX_TOKENS`], and
-    /// rows of W.
-    unsafe fn gemv(&self, product: &Product) -> Result<()> {
-        let args = [product.pointers().as_slice(), &product.scalars].concat();
-        let blocks = product.size.n.iter().map(|n| n.div_ceil(GEMV_ROWS)).sum();
-        let grid = Grid { blocks: [blocks, 1, 1], threads: GEMV_THREADS, shared_bytes: GEMV_SHARED_BYTES };
-        // SAFETY: the arguments are the kernel's, and the caller vouches for them.
-        unsafe { self.launch(Kernel::Gemv, grid, &args) }
-    }
-
-    /// # Safety
-    /// Every pointer of the product leads to what its scalars say, on this device; there are tokens and rows of W. The tile is one of this
-    /// dtype.
-    unsafe fn gemm(&self, product: &Product, tile: &Tile, splits: usize) -> Result<()> {
-        let n_tiles = tile.count(product.size);
-        let grid = Grid { blocks: [n_tiles, splits, 1], threads: GEMM_THREADS, shared_bytes: tile.shared_bytes };
-        let launch = |partial, arrived| {
-            let args = [product.pointers().as_slice(), &[partial, arrived].map(Arg::Ptr), &product.scalars].concat();
-            // SAFETY: the arguments are the kernel's, and the caller vouches for those of the product. With one split the kernel touches
-            // neither `partial` nor `arrived`; with several they are as large as their tiles need.
-            unsafe { self.launch(tile.kernel, grid, &args) }
-        };
-        if splits == 1 {
-            return launch(DevicePtr(0), DevicePtr(0));
-        }
-        self.with_split_sums(tile.partial_bytes(product.size, splits), n_tiles, launch)
-    }
-
-    /// Calls `launch` with memory for `partial_bytes` of sums and with the counters of `n_tiles` tiles, all of them zero.
-    fn with_split_sums(
-        &self,
-        partial_bytes: usize,
-        n_tiles: usize,
-        launch: impl FnOnce(DevicePtr, DevicePtr) -> Result<()>,
-    ) -> Result<()> {
-        let mut sums = self.split_sums.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !sums.as_ref().is_some_and(|s| s.partial.bytes() >= partial_bytes && s.arrived.len() >= n_tiles) {
-            let held = sums.take().map_or((0, 0), |s| (s.partial.len(), s.arrived.len()));
-            *sums = Some(Sums {
-                partial: self.zeros(&[held.0.max(partial_bytes.div_ceil(4))], DType::F32)?,
-                arrived: self.zeros(&[held.1.max(n_tiles)], DType::I32)?,
-            });
-        }
-        let Sums { partial, arrived } = sums.as_ref().expect("it is there, or was just made");
-        launch(address("linear", "partial sums", partial)?, address("linear", "counters", arrived)?)
-    }
 }
 
 #[cfg(test)]
@@ -419,6 +230,7 @@ mod tests {
     #[cfg(llava_sim)]
     use std::sync::Arc;
 
+    use super::super::product::Size;
     use super::*;
 
     fn size([tokens, n, k]: [usize; 3]) -> Size {
@@ -509,10 +321,9 @@ mod tests {
             let put = |rows, values: &[f32]| cuda.to_device(Tensor::from_slice(&[rows, k], values).converted(dtype)).unwrap();
             let (x, w, y) = (put(tokens, &xs), put(n, &ws), cuda.zeros(&[tokens, n], DType::F32).unwrap());
             let at = |tensor| address("linear", "operand", tensor).unwrap();
-            let scalars = [tokens, n, 0, 0, k, n, Epilogue::Store as usize, 1].map(|s| Arg::Int(s as i32));
-            let none = DevicePtr(0);
-            let product =
-                Product { y: at(&y), x: at(&x), w: [at(&w), none, none], bias: none, size: size([tokens, n, k]), scalars };
+            let (y_dtype, epilogue) = (DType::F32, Epilogue::Store);
+            let operands = Operands { y: at(&y), y_dtype, y_stride: n, x: at(&x), bias: None, tokens, k, epilogue };
+            let product = operands.with([n, 0, 0], [at(&w), DevicePtr(0), DevicePtr(0)]).unwrap();
             for (tile, splits) in tiles.iter().flat_map(|tile| [3, 2, 1, 8].map(|splits| (tile, splits))) {
                 // SAFETY: the tensors are of those sizes, y of f32, and the tile is one of their dtype.
                 unsafe { cuda.gemm(&product, tile, splits).unwrap() };

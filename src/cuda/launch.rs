@@ -44,10 +44,12 @@ kernels! {
     Gemm "gemm"
     GemmSmall "gemm_small"
     Gemv "gemv"
+    GemmPacked4 "gemm_packed4"
+    GemmPacked8 "gemm_packed8"
+    GemmSmallPacked4 "gemm_small_packed4"
+    GemmSmallPacked8 "gemm_small_packed8"
     GemvPacked4 "gemv_packed4"
     GemvPacked8 "gemv_packed8"
-    Unpack4 "unpack4"
-    Unpack8 "unpack8"
     ProbeRead "probe_read_f32"
 }
 

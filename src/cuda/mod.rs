@@ -13,6 +13,7 @@ mod norm;
 mod ops;
 mod packed;
 mod probe;
+mod product;
 mod queue;
 mod rows;
 mod sample;
@@ -22,10 +23,11 @@ use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::Result;
-use dense::{Library, SplitSums};
+use dense::Library;
 use driver::Driver;
 use launch::Functions;
 use memory::Arena;
+use product::SplitSums;
 use queue::Queue;
 
 /// A device that runs CUDA kernels.
@@ -38,7 +40,6 @@ pub struct Cuda {
     decode: attention::Workspace,
     widened: attention::Widened,
     split_sums: SplitSums,
-    unpacked: packed::Unpacked,
     library: Library,
 }
 
@@ -89,7 +90,6 @@ impl Cuda {
             decode: Default::default(),
             widened: Default::default(),
             split_sums: Default::default(),
-            unpacked: Default::default(),
             library: Default::default(),
         })
     }
