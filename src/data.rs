@@ -8,14 +8,16 @@
 //! ```
 //!
 //! `image` is a path within a folder that is named beside the file; it may be a list of them, or missing, and then the row is text only.
+//! A first turn that is not the user's is dropped, and a picture's mark is moved to the front of its turn, as LLaVA's own code does. Where
+//! that goes on silently with another number of marks than pictures, or a mark in an answer, such a row is an error here.
 
-use std::cell::Cell;
+mod file;
+
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 
+pub use file::RowFile;
 use serde::Deserialize;
-use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -34,19 +36,85 @@ pub struct Row {
     pub id: String,
     /// Its pictures, in the order of their marks.
     pub images: Vec<PathBuf>,
-    /// What was asked and answered.
+    /// What was asked and answered; at least one exchange.
     pub exchanges: Vec<Exchange>,
+    /// Words of all turns, by which LLaVA's own code sorts rows by length.
+    pub n_words: usize,
 }
 
 /// A question and its answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exchange {
-    /// Without marks of pictures: these stand in front of it, wherever they were.
+    /// Without marks of pictures: these stand in front of it, wherever they were, and white space around it is gone then.
     pub question: String,
     /// Pictures of the question.
     pub n_images: usize,
-    /// What was answered; never empty.
+    /// What was answered; it may be empty.
     pub answer: String,
+}
+
+/// What is wrong with a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Fault {
+    /// It is no JSON, or not of the form that rows have.
+    Json,
+    /// It has no turns.
+    Empty,
+    /// A turn is of an unknown role, or out of turn.
+    Roles,
+    /// Nobody answers.
+    NoAnswer,
+    /// It has another number of marks than of pictures.
+    Marks,
+    /// A picture is not there.
+    MissingImage,
+    /// A picture cannot be decoded.
+    BrokenImage,
+    /// The template cannot hold it.
+    Template,
+    /// Its answers are empty, or lie behind the longest length.
+    NothingToLearn,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Json,
+        Self::Empty,
+        Self::Roles,
+        Self::NoAnswer,
+        Self::Marks,
+        Self::MissingImage,
+        Self::BrokenImage,
+        Self::Template,
+        Self::NothingToLearn,
+    ];
+
+    /// What to call rows with it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Json => "invalid JSON",
+            Self::Empty => "empty conversations",
+            Self::Roles => "role errors",
+            Self::NoAnswer => "no answer",
+            Self::Marks => "wrong count of <image>",
+            Self::MissingImage => "missing images",
+            Self::BrokenImage => "broken images",
+            Self::Template => "not for the template",
+            Self::NothingToLearn => "nothing to learn",
+        }
+    }
+}
+
+/// A row that cannot be used.
+#[derive(Debug)]
+pub struct RowError {
+    /// What kind of fault.
+    pub fault: Fault,
+    /// The row's number in its file, counted from 1.
+    pub number: usize,
+    /// File, row and fault in words.
+    pub error: Error,
 }
 
 impl Row {
@@ -54,6 +122,25 @@ impl Row {
     pub fn error(&self, problem: impl fmt::Display) -> Error {
         let id = if self.id.is_empty() { String::new() } else { format!(" (id {})", self.id) };
         Error::file(&self.file, format!("row {}{id}: {problem}", self.number))
+    }
+
+    /// The same, as a fault of this kind.
+    pub fn fault(&self, fault: Fault, problem: impl fmt::Display) -> RowError {
+        RowError { fault, number: self.number, error: self.error(problem) }
+    }
+
+    /// Checks that its pictures are there.
+    ///
+    /// # Errors
+    /// [`Fault::MissingImage`] of the first that is not.
+    pub fn check_images(&self) -> Result<(), RowError> {
+        match self.images.iter().find(|image| !image.is_file()) {
+            Some(image) => {
+                let problem = format!("its picture {} is not there: is the image folder right?", image.display());
+                Err(self.fault(Fault::MissingImage, problem))
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -80,65 +167,38 @@ struct Turn {
     value: String,
 }
 
-/// Reads a file; pictures are in `image_folder`. Of more than `max_rows` rows, as many are taken, evenly spread over the file.
+/// Reads a file to calibrate by; pictures are in `image_folder`. Of more than `max_rows` rows, as many are taken, evenly spread over the
+/// file.
 ///
 /// # Errors
-/// If the file cannot be read or is not of such rows; if a row that is taken has turns that do not alternate, or a picture that is not
-/// there. The message has the number of the row and its id.
+/// If the file cannot be read or is not of rows; if a row that is taken is faulty, has an empty answer or a picture that is not there. The
+/// message has the number of the row and its id.
 pub fn read(file: &Path, image_folder: &Path, max_rows: usize) -> Result<Vec<Row>> {
-    let text = fs::read_to_string(file).map_err(|e| Error::io(file, e))?;
-    let written = parse(&text).map_err(|problem| Error::file(file, problem))?;
-    let n_rows = written.len();
+    let rows = RowFile::open(file, image_folder)?;
+    let n_rows = rows.n_rows();
     let n_taken = max_rows.min(n_rows);
     if n_taken == 0 {
         return Err(Error::file(file, "there are no rows"));
     }
-    let written = written.into_iter().enumerate().filter(|(i, _)| i * n_taken % n_rows < n_taken);
-    written.map(|(i, written)| row(file, image_folder, i + 1, written)).collect()
-}
-
-/// The rows of an array or of lines; what is wrong with the first that is none.
-fn parse(text: &str) -> Result<Vec<Written>, String> {
-    if text.trim_start().starts_with('[') {
-        let n_read = Cell::new(0);
-        let mut deserializer = serde_json::Deserializer::from_str(text);
-        let rows = Rows(&n_read).deserialize(&mut deserializer).and_then(|rows| deserializer.end().map(|()| rows));
-        return rows.map_err(|e| format!("row {}: {e}", n_read.get() + 1));
-    }
-    let lines = text.lines().filter(|line| !line.trim().is_empty()).enumerate();
-    lines.map(|(i, line)| serde_json::from_str(line).map_err(|e| format!("row {}: {e}", i + 1))).collect()
-}
-
-/// An array of rows, which counts those that it has read, so that an error can say where it is.
-struct Rows<'a>(&'a Cell<usize>);
-
-impl<'de> DeserializeSeed<'de> for Rows<'_> {
-    type Value = Vec<Written>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_seq(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Rows<'_> {
-    type Value = Vec<Written>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an array of rows")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<Self::Value, A::Error> {
-        let mut all = Vec::new();
-        while let Some(row) = rows.next_element()? {
-            all.push(row);
-            self.0.set(all.len());
+    let taken = (0..n_rows).filter(|i| i * n_taken % n_rows < n_taken);
+    let whole = |i: usize| {
+        let row = rows.row(i).map_err(|e| e.error)?;
+        if row.exchanges.iter().any(|e| e.answer.trim().is_empty()) {
+            return Err(row.error("an answer is empty"));
         }
-        Ok(all)
-    }
+        row.check_images().map_err(|e| e.error)?;
+        Ok(row)
+    };
+    taken.map(whole).collect()
 }
 
-/// A row as the rest of the program sees it.
-fn row(file: &Path, image_folder: &Path, number: usize, written: Written) -> Result<Row> {
+/// White space to Python: `str.strip` and `str.split` take the separators of ASCII for it, which Unicode does not.
+fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
+}
+
+/// A row as the rest of the program sees it, if it is a conversation.
+fn checked(file: &Path, image_folder: &Path, number: usize, written: Written) -> Result<Row, RowError> {
     let id = match written.id {
         Value::String(id) => id,
         Value::Null => String::new(),
@@ -149,40 +209,51 @@ fn row(file: &Path, image_folder: &Path, number: usize, written: Written) -> Res
         Some(Images::One(image)) => vec![image_folder.join(image)],
         Some(Images::Many(images)) => images.iter().map(|image| image_folder.join(image)).collect(),
     };
-    let mut row = Row { file: file.to_owned(), number, id, images, exchanges: Vec::new() };
+    let turns = written.conversations;
+    let n_words = turns.iter().map(|t| t.value.split(is_space).filter(|word| !word.is_empty()).count()).sum();
+    let mut row = Row { file: file.to_owned(), number, id, images, exchanges: Vec::new(), n_words };
+    if turns.is_empty() {
+        return Err(row.fault(Fault::Empty, "it has no turns"));
+    }
+    if let Some(turn) = turns.iter().find(|t| t.from != "human" && t.from != "gpt") {
+        return Err(row.fault(Fault::Roles, format!("a turn is from `{}`: turns are from `human` or `gpt`", turn.from)));
+    }
     // As in LLaVA's own code, an answer to nothing is dropped.
-    let turns = &written.conversations[usize::from(written.conversations.first().is_some_and(|t| t.from == "gpt"))..];
+    let turns = &turns[usize::from(turns[0].from == "gpt")..];
+    if turns.iter().all(|t| t.from == "human") {
+        return Err(row.fault(Fault::NoAnswer, "no turn of `gpt` answers one of `human`: there is nothing to learn"));
+    }
     for pair in turns.chunks(2) {
-        let [question, answer] = pair else { return Err(row.error("its last question has no answer")) };
-        for (turn, from) in [(question, "human"), (answer, "gpt")] {
+        for (turn, from) in pair.iter().zip(["human", "gpt"]) {
             if turn.from != from {
-                return Err(row.error(format!("a turn is from `{}` where `{from}` speaks: turns must alternate", turn.from)));
+                let problem = format!("a turn is from `{}` where `{from}` speaks: turns must alternate", turn.from);
+                return Err(row.fault(Fault::Roles, problem));
             }
         }
-        if answer.value.trim().is_empty() {
-            return Err(row.error("an answer is empty"));
+        let [question, answer] = pair else { return Err(row.fault(Fault::Roles, "its last question has no answer")) };
+        let n_images = question.value.matches(IMAGE_MARK).count();
+        let question = match n_images {
+            0 => question.value.clone(),
+            _ => question.value.replace(IMAGE_MARK, "").trim_matches(is_space).to_owned(),
+        };
+        if !row.images.is_empty() && answer.value.contains(IMAGE_MARK) {
+            let problem = format!("a mark {IMAGE_MARK} is in an answer: pictures belong to questions");
+            return Err(row.fault(Fault::Marks, problem));
         }
-        row.exchanges.push(Exchange {
-            question: question.value.replace(IMAGE_MARK, "").trim().to_owned(),
-            n_images: question.value.matches(IMAGE_MARK).count(),
-            answer: answer.value.clone(),
-        });
+        row.exchanges.push(Exchange { question, n_images, answer: answer.value.clone() });
     }
     let n_marks: usize = row.exchanges.iter().map(|e| e.n_images).sum();
-    if row.exchanges.is_empty() {
-        return Err(row.error("it has no turns"));
-    }
     if n_marks != row.images.len() {
-        return Err(row.error(format!("{} pictures, but its text has {n_marks} marks {IMAGE_MARK}", row.images.len())));
+        let problem = format!("{} pictures, but its text has {n_marks} marks {IMAGE_MARK}", row.images.len());
+        return Err(row.fault(Fault::Marks, problem));
     }
-    match row.images.iter().find(|image| !image.is_file()) {
-        Some(image) => Err(row.error(format!("its picture {} is not there: is the image folder right?", image.display()))),
-        None => Ok(row),
-    }
+    Ok(row)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn read_text(text: &str, max_rows: usize) -> Result<Vec<Row>> {
@@ -243,10 +314,11 @@ mod tests {
             (with("<image>", ""), "row 2 (id x7): 1 pictures, but its text has 0 marks"),
             (with(r#""a.png""#, r#"["a.png", "b.png"]"#), "2 pictures, but its text has 1"),
             (with("Yes.", " "), "row 2 (id x7): an answer is empty"),
-            (with(r#"{"from": "human", "value": "Sure?"},"#, ""), "its last question has no answer"),
+            (with(r#"{"from": "human", "value": "Sure?"},"#, ""), "a turn is from `gpt` where `human` speaks"),
+            (with(r#", {"from": "gpt", "value": "Yes."}"#, ""), "its last question has no answer"),
             (with(r#""from": "human", "value": "Sure?""#, r#""from": "gpt", "value": "Sure?""#), "a turn is from `gpt` where"),
-            (with("conversations", "talk"), "row 2: missing field `conversations`"),
-            (with(r#""A cat.""#, "7"), "row 2: invalid type"),
+            (with("conversations", "talk"), "row 2, line 4: missing field `conversations`"),
+            (with(r#""A cat.""#, "7"), "row 2, line 3: invalid type"),
             (r#"{"id": 1, "conversations": []}"#.to_owned(), "row 2 (id 1): it has no turns"),
         ] {
             let error = read_text(&format!("[{TEXT_ONLY}, {row}]"), 9).unwrap_err().to_string();

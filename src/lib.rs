@@ -15,6 +15,7 @@
 //! | [`image`] | from a file to pixels, as Pillow does it |
 //! | [`text`] | tokenizers, templates, streaming |
 //! | [`data`] | rows of LLaVA's instruction data |
+//! | [`train`] | fine-tuning: settings, data, masks, order, schedules |
 //! | [`quantize`] | makes checkpoints smaller: RTN, GPTQ, AWQ |
 //! | [`weights`] | checkpoint files, mapped |
 //! | [`tensor`], [`dtype`], [`error`], [`device`] | what all of them speak |
@@ -38,4 +39,5 @@ pub mod profile;
 pub mod quantize;
 pub mod tensor;
 pub mod text;
+pub mod train;
 pub mod weights;

@@ -53,6 +53,7 @@ fn unseen() -> Vec<Row> {
         exchanges: (scene["turns"].as_array().unwrap().iter().enumerate())
             .map(|(i, t)| Exchange { question: text(&t["question"]), n_images: usize::from(i == 0), answer: text(&t["answer"]) })
             .collect(),
+        n_words: 0, // of no use here
     };
     scenes.as_array().unwrap().iter().enumerate().map(row).collect()
 }

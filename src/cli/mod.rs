@@ -3,6 +3,7 @@
 mod bench;
 mod chat;
 mod common;
+mod finetune;
 mod generate;
 mod info;
 mod inspect;
@@ -41,6 +42,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Makes a checkpoint smaller: 4 or 8 bits for a weight
     Quantize(quantize::Args),
+    /// Fine-tunes a model on conversations, or checks such data
+    Finetune(finetune::Args),
     /// Says what this binary holds and what this machine has
     Info(info::Args),
     /// Measures how fast this machine encodes, reads prompts and answers
@@ -75,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Score(args) => score::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Quantize(args) => quantize::run(args),
+        Command::Finetune(args) => finetune::run(args),
         Command::Info(args) => info::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Completions { shell } => {

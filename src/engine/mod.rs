@@ -33,7 +33,7 @@ use crate::model::{Llava, Slot};
 use crate::ops::{Ops, Peaks};
 use crate::profile::{OpRecord, Profiled, Records};
 use crate::tensor::Tensor;
-use crate::text::{Piece, Prompt, Style, Tokenizer};
+use crate::text::{Prompt, Style, Tokenizer};
 
 /// How a model is opened.
 #[derive(Clone, Debug, Default)]
@@ -236,22 +236,17 @@ impl Engine {
     /// # Errors
     /// If the prompt has another number of places for images, or is longer than the context.
     pub fn tokenize(&self, prompt: &Prompt, n_images: usize) -> Result<TokenizedPrompt> {
-        let pieces = self.tokenizer.tokenize_prompt(prompt, self.style)?;
-        let marks = pieces.iter().filter(|p| matches!(p, Piece::Image)).count();
+        let ids = self.tokenizer.place_prompt(prompt, self.style)?;
+        let marks = ids.iter().filter(|placed| placed.id.is_none()).count();
         if marks != n_images {
             return Err(Error::usage(format!("the prompt has {marks} <image> marks but {n_images} images were given")));
         }
         let tokens_per_image = self.config().tokens_per_image();
         let mut slots = Vec::new();
         let mut image_tokens = 0;
-        for piece in pieces {
-            match piece {
-                Piece::Tokens(ids) => slots.extend(ids.into_iter().map(Slot::Token)),
-                Piece::Image => {
-                    slots.extend((image_tokens..image_tokens + tokens_per_image).map(|feature_row| Slot::Image { feature_row }));
-                    image_tokens += tokens_per_image;
-                }
-            }
+        for placed in ids {
+            slots.extend(Slot::of(placed.id, image_tokens, tokens_per_image));
+            image_tokens += if placed.id.is_none() { tokens_per_image } else { 0 };
         }
         let vocab_size = self.config().text.vocab_size;
         if let Some(Slot::Token(id)) = slots.iter().find(|s| matches!(s, Slot::Token(id) if *id as usize >= vocab_size)) {

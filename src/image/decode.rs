@@ -13,7 +13,9 @@
 //! 4:2:0, where colour is interpolated differently, by 0.4 levels on average (largest seen: 5 in photos, 30 at hard edges of colour).
 //! After resizing a 1280 x 960 photo to 336 that is 0.0055 on average in the pixel values, 0.03 at most.
 
-use std::io::Cursor;
+use std::fs::File;
+use std::io::{BufReader, Cursor, Read, Seek};
+use std::path::Path;
 
 use image::ImageDecoder;
 use image::codecs::{bmp::BmpDecoder, jpeg::JpegDecoder, webp::WebPDecoder};
@@ -99,11 +101,42 @@ pub fn decode(bytes: &[u8], name: &str, limits: &Limits) -> Result<RgbImage> {
         Some(Format::Bmp) => {
             BmpDecoder::new(Cursor::new(bytes)).map_err(|e| damaged("BMP", e)).and_then(|d| read(d, "BMP", limits))
         }
-        None => {
-            Err(format!("is not a picture that can be read but {}: give a PNG, JPEG, WebP, GIF or BMP file", other_content(bytes)))
-        }
+        None => Err(no_picture(bytes)),
     });
     decoded.map_err(|problem| Error::image(name, problem))
+}
+
+/// Width and height of the picture in a file, by its header alone, with the limits that [`decode`] has. A picture whose header is good may
+/// still be damaged behind it.
+///
+/// # Errors
+/// If the file cannot be read, is no picture, or too large.
+pub fn probe(path: &Path, limits: &Limits) -> Result<(usize, usize)> {
+    let mut file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let n_bytes = file.metadata().map_err(|e| Error::io(path, e))?.len();
+    let mut head = Vec::new();
+    file.by_ref().take(512).read_to_end(&mut head).map_err(|e| Error::io(path, e))?;
+    file.rewind().map_err(|e| Error::io(path, e))?;
+    let size = limits.check_bytes(usize::try_from(n_bytes).unwrap_or(usize::MAX)).and_then(|()| {
+        let (format, name) = match Format::of(&head) {
+            Some(Format::Png) => (image::ImageFormat::Png, "PNG"),
+            Some(Format::Jpeg) => (image::ImageFormat::Jpeg, "JPEG"),
+            Some(Format::WebP) => (image::ImageFormat::WebP, "WebP"),
+            Some(Format::Gif) => (image::ImageFormat::Gif, "GIF"),
+            Some(Format::Bmp) => (image::ImageFormat::Bmp, "BMP"),
+            None => return Err(no_picture(&head)),
+        };
+        let reader = image::ImageReader::with_format(BufReader::new(file), format);
+        let (width, height) = reader.into_dimensions().map_err(|e| damaged(name, e))?;
+        let (width, height) = (width as usize, height as usize);
+        limits.check_size(width, height).map(|()| (width, height))
+    });
+    size.map_err(|problem| Error::image(path.display().to_string(), problem))
+}
+
+/// What to say of a file that is none of ours.
+fn no_picture(bytes: &[u8]) -> String {
+    format!("is not a picture that can be read but {}: give a PNG, JPEG, WebP, GIF or BMP file", other_content(bytes))
 }
 
 /// The formats that are read.

@@ -9,7 +9,7 @@ mod preprocess;
 mod resize;
 mod source;
 
-pub use decode::{Limits, decode};
+pub use decode::{Limits, decode, probe};
 pub use preprocess::{CLIP_MEAN, CLIP_STD, Fit, Preprocess, preprocess};
 pub(crate) use preprocess::{Plan, preprocess_into};
 pub use resize::resize_bicubic;

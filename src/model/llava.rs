@@ -28,6 +28,15 @@ pub enum Slot {
     },
 }
 
+impl Slot {
+    /// The positions of a token, or of an image (`None`) whose features begin at `feature_row`.
+    pub fn of(id: Option<u32>, feature_row: usize, tokens_per_image: usize) -> impl Iterator<Item = Self> {
+        let n_rows = if id.is_some() { 0 } else { tokens_per_image };
+        let rows = (feature_row..feature_row + n_rows).map(|feature_row| Self::Image { feature_row });
+        id.map(Self::Token).into_iter().chain(rows)
+    }
+}
+
 /// The whole model on a device.
 pub struct Llava {
     pub(super) config: LlavaConfig,

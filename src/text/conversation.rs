@@ -1,5 +1,11 @@
 //! The conversation templates of the original LLaVA (`llava/conversation.py`) and llava-hf's default, as data.
 
+mod supervised;
+
+use std::ops::Range;
+
+pub use supervised::Supervised;
+
 use super::added::AddedTokens;
 use super::prompt::{Prompt, marks};
 use crate::error::{Error, Result};
@@ -249,7 +255,7 @@ impl Conversation {
 
     /// The prompt: all turns, and after a user's the beginning of an answer.
     pub fn prompt(&self) -> Prompt {
-        let mut writer = Writer { template: self.template, prompt: Prompt::new(), marks: marks(SPECIALS), first_turn: true };
+        let mut writer = Writer::new(self.template);
         writer.system(self.system.as_deref());
         let turns = self.turns_with_image_exchange();
         for turn in &turns {
@@ -288,9 +294,18 @@ struct Writer {
     prompt: Prompt,
     marks: AddedTokens,
     first_turn: bool,
+    /// Whether an image without words beside it goes without the line break behind it, as in training.
+    bare_images: bool,
+    /// What the model is to learn, in bytes of the prompt's text: answers, and what the template ends them with.
+    answers: Vec<Range<usize>>,
 }
 
 impl Writer {
+    fn new(template: &'static Template) -> Self {
+        let (prompt, marks) = (Prompt::new(), marks(SPECIALS));
+        Self { template, prompt, marks, first_turn: true, bare_images: false, answers: Vec::new() }
+    }
+
     /// The system prompt, where it stands in front of the turns.
     fn system(&mut self, words: Option<&str>) {
         let Some(words) = words.filter(|_| self.template.layout != Layout::Llama2) else { return };
@@ -307,6 +322,7 @@ impl Writer {
             Turn::User { text, n_images } => (template.user, template.sep, text.is_empty() && *n_images == 0),
             Turn::Assistant { text } => (template.assistant, template.sep2, text.is_empty()),
         };
+        let mut start = self.prompt.n_bytes();
         match template.layout {
             // As in the original, a turn without words is the beginning of one.
             Layout::Single | Layout::Two if empty => self.words(&format!("{role}:")),
@@ -318,12 +334,16 @@ impl Writer {
                 self.words(template.sep);
             }
             Layout::Two => {
-                self.words(&format!("{role}: "));
+                self.words(&format!("{role}:"));
+                // The space belongs to the answer: SentencePiece puts it into the answer's first piece.
+                start = self.prompt.n_bytes();
+                self.words(" ");
                 self.say(turn);
                 self.words(sep);
             }
             Layout::Mpt => {
                 self.words(role);
+                start = self.prompt.n_bytes();
                 self.say(turn);
                 self.words(template.sep);
             }
@@ -354,6 +374,9 @@ impl Writer {
                 }
             },
         }
+        if !empty && matches!(turn, Turn::Assistant { .. }) {
+            self.answers.push(start..self.prompt.n_bytes());
+        }
         self.first_turn = false;
     }
 
@@ -361,12 +384,11 @@ impl Writer {
     fn say(&mut self, turn: &Turn) {
         match turn {
             Turn::User { text, n_images } => {
-                for _ in 0..*n_images {
-                    match (self.template.image_tags, text.is_empty()) {
-                        (true, true) => self.words("<Image><image></Image>"),
-                        (true, false) => self.words("<Image><image></Image>\n"),
-                        (false, _) => self.words("<image>\n"),
-                    }
+                for i in 0..*n_images {
+                    let tags = self.template.image_tags;
+                    let bare = text.is_empty() && (tags || (self.bare_images && i + 1 == *n_images));
+                    self.words(if tags { "<Image><image></Image>" } else { "<image>" });
+                    self.words(if bare { "" } else { "\n" });
                 }
                 self.prompt.text(text);
             }

@@ -17,8 +17,8 @@ mod tokenizer;
 
 pub use added::{IMAGE_MARK, Reading};
 pub use chat_template::{ChatTemplate, Content, Message};
-pub use conversation::{Conversation, Template, pick_by_hints};
+pub use conversation::{Conversation, Supervised, Template, pick_by_hints};
 pub use prompt::{Prompt, PromptPart};
 pub use sentencepiece::{PieceKind, SentencePiece, VocabPiece};
 pub use stream::{StopMatcher, StreamDecoder};
-pub use tokenizer::{Piece, Style, Tokenizer};
+pub use tokenizer::{Piece, PlacedId, Style, Tokenizer};

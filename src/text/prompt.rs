@@ -15,6 +15,16 @@ pub enum PromptPart {
     Image,
 }
 
+impl PromptPart {
+    /// As the references would see it.
+    fn text(&self) -> &str {
+        match self {
+            Self::Text(text) | Self::Special(text) => text,
+            Self::Image => IMAGE_MARK,
+        }
+    }
+}
+
 /// A prompt, ready to be tokenized. `Display` prints it the way the references would see it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prompt {
@@ -86,6 +96,14 @@ impl Prompt {
         }
     }
 
+    /// How many bytes its text has, the one that `Display` prints.
+    pub(super) fn n_bytes(&self) -> usize {
+        match &self.content {
+            Content::Raw(text) => text.len(),
+            Content::Parts(parts) => parts.iter().map(|part| part.text().len()).sum(),
+        }
+    }
+
     /// The parts; `None` for a raw prompt, which has none.
     pub fn parts(&self) -> Option<&[PromptPart]> {
         match &self.content {
@@ -109,10 +127,7 @@ impl fmt::Display for Prompt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.content {
             Content::Raw(text) => f.write_str(text),
-            Content::Parts(parts) => parts.iter().try_for_each(|part| match part {
-                PromptPart::Text(text) | PromptPart::Special(text) => f.write_str(text),
-                PromptPart::Image => f.write_str(IMAGE_MARK),
-            }),
+            Content::Parts(parts) => parts.iter().try_for_each(|part| f.write_str(part.text())),
         }
     }
 }

@@ -3,8 +3,8 @@
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizer::Range as Slice;
 use tokenizers::{
-    Model, NormalizedString, Normalizer, NormalizerWrapper, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
-    PreTokenizerWrapper, Token,
+    Model, NormalizedString, Normalizer, NormalizerWrapper, OffsetType, PreTokenizedString, PreTokenizer, PreTokenizerWrapper,
+    Token,
 };
 
 use super::added::{AddedTokens, IMAGE_ID, IMAGE_MARK, Pass, Reading, Span};
@@ -21,6 +21,18 @@ pub enum Piece {
     /// Where the features of one image go.
     Image,
 }
+
+/// An id and where it begins in its text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlacedId {
+    /// The token; `None` where the features of one image go.
+    pub id: Option<u32>,
+    /// The byte of the prompt's text (what its `Display` prints) at which it begins; 0 for a BOS that the text does not have.
+    pub start: usize,
+}
+
+/// Ids with the byte at which each begins.
+type Starts = Vec<(u32, usize)>;
 
 /// Whose manner of tokenizing a prompt is followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +84,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, reading: Reading) -> Result<Vec<u32>> {
         let mut spans = self.added.split(text, reading, Pass::Verbatim);
         self.added.swallow_spaces(text, &mut spans, Pass::Verbatim);
-        self.encode_spans(text, &spans, reading)
+        Ok(self.encode_spans(text, &spans, reading)?.into_iter().map(|(id, _)| id).collect())
     }
 
     /// Ids of a prompt with the places of its images: BOS first where the checkpoint wants it, never twice.
@@ -80,24 +92,33 @@ impl Tokenizer {
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn tokenize_prompt(&self, prompt: &Prompt, style: Style) -> Result<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        for placed in self.place_prompt(prompt, style)? {
+            match (placed.id, pieces.last_mut()) {
+                (None, _) => pieces.push(Piece::Image),
+                (Some(id), Some(Piece::Tokens(ids))) => ids.push(id),
+                (Some(id), _) => pieces.push(Piece::Tokens(vec![id])),
+            }
+        }
+        Ok(pieces)
+    }
+
+    /// As [`tokenize_prompt`](Self::tokenize_prompt), with where in the text each id begins.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn place_prompt(&self, prompt: &Prompt, style: Style) -> Result<Vec<PlacedId>> {
         let (text, spans, reading) = self.spans(prompt, style);
         let ids = match style {
             Style::Hf => {
                 let ids = self.encode_spans(&text, &spans, reading)?;
                 // A template may write BOS itself; a raw prompt is taken as the references take it, BOS on top.
-                let written = reading == Reading::Plain && ids.first().copied() == self.special_ids.bos;
-                self.leading_bos().filter(|_| !written).into_iter().chain(ids).collect()
+                let written = reading == Reading::Plain && ids.first().map(|(id, _)| *id) == self.special_ids.bos;
+                self.leading_bos().filter(|_| !written).map(|id| (id, 0)).into_iter().chain(ids).collect()
             }
             Style::Original => self.encode_around_images(&text, &spans, reading)?,
         };
-        let mut pieces = Vec::new();
-        for run in ids.chunk_by(|&a, &b| (a == IMAGE_ID) == (b == IMAGE_ID)) {
-            match run[0] {
-                IMAGE_ID => pieces.extend(run.iter().map(|_| Piece::Image)),
-                _ => pieces.push(Piece::Tokens(run.to_vec())),
-            }
-        }
-        Ok(pieces)
+        Ok(ids.into_iter().map(|(id, start)| PlacedId { id: Some(id).filter(|&id| id != IMAGE_ID), start }).collect())
     }
 
     /// The text of ids: special tokens left out, the space that encoding puts in front taken away, bytes that are no UTF-8 replaced.
@@ -210,7 +231,7 @@ impl Tokenizer {
 
     /// The fast tokenizer's pipeline over a text already cut at its added tokens: normalise, cut at the tokens that are looked for
     /// after that, pre-tokenize, BPE.
-    fn encode_spans(&self, text: &str, spans: &[Span], reading: Reading) -> Result<Vec<u32>> {
+    fn encode_spans(&self, text: &str, spans: &[Span], reading: Reading) -> Result<Starts> {
         let mut split = PreTokenizedString::from(text);
         self.run(|| {
             // Cut in place rather than span by span, because pre-tokenizers treat the start of the whole text specially.
@@ -239,19 +260,20 @@ impl Tokenizer {
             }
             split.tokenize(|s: &NormalizedString| self.pieces(s.get(), reading))
         })?;
-        let splits = split.get_splits(OffsetReferential::Original, OffsetType::None);
-        Ok(splits.into_iter().flat_map(|(_, _, tokens)| tokens.iter().flatten().map(|t| t.id)).collect())
+        let encoding = self.run(|| split.into_encoding(None, 0, OffsetType::Byte))?;
+        Ok(encoding.get_ids().iter().copied().zip(encoding.get_offsets().iter().map(|(start, _)| *start)).collect())
     }
 
     /// LLaVA's `tokenizer_image_token`: every stretch between images is a text of its own, with BOS; only the first BOS stays.
-    fn encode_around_images(&self, text: &str, spans: &[Span], reading: Reading) -> Result<Vec<u32>> {
-        let mut ids = Vec::new();
+    fn encode_around_images(&self, text: &str, spans: &[Span], reading: Reading) -> Result<Starts> {
+        let mut ids = Starts::new();
+        let mut images = spans.iter().filter(|s| s.id == Some(IMAGE_ID));
         for (i, stretch) in spans.split(|s| s.id == Some(IMAGE_ID)).enumerate() {
             let stretch_ids = self.encode_slow(text, stretch, reading)?;
             if i > 0 {
-                ids.push(IMAGE_ID);
-            } else if !(reading == Reading::Plain && stretch_ids.first().copied() == self.special_ids.bos) {
-                ids.extend(self.leading_bos());
+                ids.extend(images.next().map(|s| (IMAGE_ID, s.range.start)));
+            } else if !(reading == Reading::Plain && stretch_ids.first().map(|(id, _)| *id) == self.special_ids.bos) {
+                ids.extend(self.leading_bos().map(|id| (id, 0)));
             }
             ids.extend(stretch_ids);
         }
@@ -259,25 +281,29 @@ impl Tokenizer {
     }
 
     /// The slow `LlamaTokenizer` of transformers 4.37 over one text, cut at its special tokens; without BOS.
-    fn encode_slow(&self, text: &str, spans: &[Span], reading: Reading) -> Result<Vec<u32>> {
+    fn encode_slow(&self, text: &str, spans: &[Span], reading: Reading) -> Result<Starts> {
         if self.spellings.spelling == Spelling::ByteLevel {
             // Such vocabularies exist only in the fast form.
-            let Some((first, last)) = spans.first().zip(spans.last()) else { return Ok(Vec::new()) };
+            let Some((first, last)) = spans.first().zip(spans.last()) else { return Ok(Starts::new()) };
             let start = first.range.start;
             let shifted = |s: &Span| Span { range: s.range.start - start..s.range.end - start, id: s.id };
             let spans: Vec<Span> = spans.iter().map(shifted).collect();
-            return self.encode_spans(&text[start..last.range.end], &spans, reading);
+            let mut ids = self.encode_spans(&text[start..last.range.end], &spans, reading)?;
+            ids.iter_mut().for_each(|(_, at)| *at += start);
+            return Ok(ids);
         }
-        let mut ids = Vec::new();
+        let mut ids = Starts::new();
         for (i, span) in spans.iter().enumerate() {
+            let start = span.range.start;
             let Some(id) = span.id else {
                 let prefix = if self.slow.legacy { self.slow.dummy_prefix } else { i == 0 };
-                let mut escaped = String::from(if prefix { "\u{2581}" } else { "" });
-                escaped.push_str(&text[span.range.clone()].replace(' ', "\u{2581}"));
-                ids.extend(self.run(|| self.pieces(&escaped, reading))?.into_iter().map(|t| t.id));
+                let (prefix, words) = (if prefix { SPACE } else { "" }, &text[span.range.clone()]);
+                let tokens = self.run(|| self.pieces(&(prefix.to_owned() + &words.replace(' ', SPACE)), reading))?;
+                let starts = starts_before_escape(words, prefix.len(), &tokens);
+                ids.extend(tokens.iter().zip(starts).map(|(token, at)| (token.id, start + at)));
                 continue;
             };
-            ids.push(id);
+            ids.push((id, start));
         }
         Ok(ids)
     }
@@ -296,6 +322,28 @@ impl Tokenizer {
     fn run<T>(&self, step: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
         step().map_err(|e| Error::Unsupported(format!("the tokenizer cannot encode this text: {e}")))
     }
+}
+
+/// How SentencePiece writes a space.
+const SPACE: &str = "\u{2581}";
+
+/// Where in `words` each token begins, of the tokens of a prefix and `words` with its spaces written as [`SPACE`]. One that begins within
+/// the prefix or within a character begins with it.
+fn starts_before_escape(words: &str, prefix_bytes: usize, tokens: &[Token]) -> Vec<usize> {
+    let mut chars = words.char_indices().peekable();
+    let mut end = prefix_bytes; // of the characters that were passed, escaped
+    let start = |token: &Token| {
+        while let Some(&(at, c)) = chars.peek() {
+            let width = if c == ' ' { SPACE.len() } else { c.len_utf8() };
+            if end + width > token.offsets.0 {
+                return at;
+            }
+            end += width;
+            chars.next();
+        }
+        words.len()
+    };
+    tokens.iter().map(start).collect()
 }
 
 /// Special tokens that the vocabulary does not know are text, and melt with the text beside them.

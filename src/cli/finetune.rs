@@ -1,0 +1,232 @@
+//! `finetune`: trains a model on rows of conversations, or looks through them.
+
+use std::path::PathBuf;
+
+use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
+use llava_engine::data::Fault;
+use llava_engine::error::{Error, Result};
+use llava_engine::model::checkpoint::{Beside, Checkpoint};
+use llava_engine::model::config::Profile;
+use llava_engine::text::{Style, Template, Tokenizer};
+use llava_engine::train::check::{Report, percentile};
+use llava_engine::train::config::{Config, SETTINGS};
+use llava_engine::train::data::Dataset;
+use llava_engine::train::mask::{Masker, Stretch};
+use llava_engine::weights::hub::resolve;
+use serde_json::{Value, json};
+
+use super::Outcome;
+use super::common;
+
+/// Flags of `finetune`.
+#[derive(clap::Args)]
+#[command(after_help = "Example:
+  llava-engine finetune --check-data --model llava-hf/llava-1.5-7b-hf --data llava_instruct_80k.json --image-folder coco/train2017
+  llava-engine finetune --check-data --preset llava-1.5-pretrain --config run.toml --json
+
+What a flag below says is said by a key of the same name in the file of --config as well (`lr = 2e-4`, `image_folder = \"coco\"`); a flag
+counts more than the file, and the file more than the preset.")]
+pub struct Args {
+    /// Checkpoint folder or Hugging Face hub id; the demo model if absent
+    #[arg(long, short, env = "LLAVA_MODEL", alias = "model-path", value_name = "PATH|HF_ID")]
+    model: Option<PathBuf>,
+    /// Language model that an mm_projector.bin belongs to
+    #[arg(long, env = "LLAVA_MODEL_BASE", value_name = "PATH")]
+    model_base: Option<PathBuf>,
+    /// File of settings, TOML
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Looks through the data and trains nothing: shows the first rows with what is learnt of them, counts and names the bad ones
+    #[arg(long)]
+    check_data: bool,
+    /// Rows that --check-data shows
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    show_rows: usize,
+    /// Bad rows that are put up with
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    max_bad_rows: usize,
+    /// Decodes every picture, not only its header; slow
+    #[arg(long)]
+    decode_images: bool,
+    /// Prints one JSON document
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// The settings that were given as flags.
+struct Settings(toml::Table);
+
+impl clap::Args for Settings {
+    fn augment_args(command: Command) -> Command {
+        command.args(SETTINGS.iter().map(|setting| {
+            let arg = Arg::new(setting.key).long(setting.key.replace('_', "-")).value_name(setting.value_name).help(setting.help);
+            arg.action(ArgAction::Append).allow_negative_numbers(true).help_heading("Settings")
+        }))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for Settings {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut table = toml::Table::new();
+        for setting in SETTINGS {
+            let Some(values) = matches.get_many::<String>(setting.key) else { continue };
+            let values: Vec<&str> = values.map(String::as_str).collect();
+            let flag = setting.key.replace('_', "-");
+            let fail = |e| clap::Error::raw(clap::error::ErrorKind::ValueValidation, format!("--{flag}: {e}\n"));
+            table.insert(setting.key.to_owned(), (setting.parse)(&values).map_err(fail)?);
+        }
+        Ok(Self(table))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        self.0.extend(Self::from_arg_matches(matches)?.0);
+        Ok(())
+    }
+}
+
+/// Trains, or looks through the data.
+pub fn run(args: &Args) -> Result<Outcome> {
+    let config = Config::resolve(args.config.as_deref(), args.settings.0.clone())?;
+    if !args.check_data {
+        return Err(Error::usage("this version does not train yet, it only looks through the data: add --check-data"));
+    }
+    let data = Dataset::open(&config.data, config.image_folder.as_deref())?;
+    let model = args.model.clone().map_or_else(common::demo_model, Ok)?;
+    let folder = resolve(&model.to_string_lossy())?;
+    let beside = Beside { model_base: args.model_base.as_deref(), mmproj: None };
+    let checkpoint = Checkpoint::open(&folder, beside)?;
+    let tokenizer = match &checkpoint.gguf {
+        Some(gguf) => Tokenizer::from_gguf(&gguf.path, &gguf.keys)?,
+        None => Tokenizer::open(&checkpoint.tokenizer_dir)?,
+    };
+    let (style, own) = match checkpoint.config.profile {
+        Profile::Hf => (Style::Hf, "hf"),
+        Profile::Original => (Style::Original, "v1"),
+    };
+    let masker = Masker {
+        tokenizer: &tokenizer,
+        style,
+        template: config.template()?.map_or_else(|| Template::by_name(own), Ok)?,
+        tokens_per_image: checkpoint.config.tokens_per_image(),
+        max_tokens: config.max_tokens as usize,
+    };
+    let bar = common::progress("{msg:40} {wide_bar} {pos}/{len} {eta}");
+    bar.set_length(data.n_rows() as u64);
+    let colour = common::is_interactive() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let n_shown = if args.json { 0 } else { args.show_rows };
+    let report = Report::of(&data, &masker, args.decode_images, n_shown, |shown| {
+        bar.inc(1);
+        let Some((row, stretches)) = shown else { return Ok(()) };
+        let text = preview(&stretches, colour);
+        bar.suspend(|| common::put(&format!("{}\n{text}\n\n", row.error(format_args!("template {}", masker.template.name())))))
+    })?;
+    bar.finish_and_clear();
+    match args.json {
+        true => common::put_json(&report_json(&report, &config, &masker))?,
+        false => common::put(&report_text(&report, &config))?,
+    }
+    if !args.json {
+        let shown = report.bad_rows.iter().take(MAX_SHOWN);
+        shown.for_each(|bad| eprintln!("llava-engine: {}", common::one_line(&bad.message)));
+        if report.bad_rows.len() > MAX_SHOWN {
+            eprintln!("llava-engine: and {} more bad rows: --json has them all", report.bad_rows.len() - MAX_SHOWN);
+        }
+    }
+    report.judge(args.max_bad_rows)?;
+    Ok(Outcome::Done)
+}
+
+/// Bad rows that are named one by one, for people.
+const MAX_SHOWN: usize = 20;
+
+/// A row's text: what is learnt is green where there are colours, else within `{{` and `}}`; what was cut off is red, or within `{x` and
+/// `x}`.
+fn preview(stretches: &[Stretch], colour: bool) -> String {
+    let marks = |code: &str, open: &str, close: &str| match colour {
+        true => (format!("\x1b[{code}m"), "\x1b[0m".to_owned()),
+        false => (open.to_owned(), close.to_owned()),
+    };
+    let mut out = String::new();
+    for stretch in stretches {
+        let ((open, close), text) = match stretch {
+            Stretch::Context(text) => (marks("2", "", ""), text.clone()),
+            Stretch::Learnt(text) => (marks("32", "{{", "}}"), text.clone()),
+            Stretch::Cut(text) => (marks("31;9", "{x", "x}"), text.clone()),
+            Stretch::Image(n) => (marks("36", "", ""), format!("<image: {n} tokens>")),
+        };
+        out += &(open + &harmless(&text) + &close);
+    }
+    out
+}
+
+/// Text with line breaks as they are and control characters spelt out, which would steer the terminal.
+fn harmless(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() }).collect()
+}
+
+/// The percentiles that are shown.
+const PERCENTILES: [(&str, f64); 6] = [("5", 0.05), ("25", 0.25), ("50", 0.5), ("75", 0.75), ("95", 0.95), ("100", 1.0)];
+
+fn report_text(report: &Report, config: &Config) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, n: usize| out += &format!("{name:<24} {n:>10}\n");
+    line("rows", report.n_rows);
+    line("turns", report.n_turns);
+    line("images", report.n_images);
+    line(&format!("longer than {} tokens", config.max_tokens), report.n_truncated);
+    for fault in Fault::ALL {
+        line(fault.name(), report.faults.get(&fault).copied().unwrap_or(0));
+    }
+    out += &format!("\n{:<24}", "percentile");
+    PERCENTILES.iter().for_each(|(name, _)| out += &format!(" {name:>7}"));
+    for (name, values) in [("tokens", &report.tokens), ("tokens that are learnt", &report.supervised)] {
+        out += &format!("\n{name:<24}");
+        for (_, p) in PERCENTILES {
+            out += &format!(" {:>7}", percentile(values, p).map_or("-".to_owned(), |n| n.to_string()));
+        }
+    }
+    out + "\n"
+}
+
+fn report_json(report: &Report, config: &Config, masker: &Masker) -> Value {
+    let percentiles = |values: &[usize]| {
+        let pairs = PERCENTILES.iter().map(|(name, p)| (format!("p{name}"), json!(percentile(values, *p))));
+        pairs.collect::<serde_json::Map<_, _>>()
+    };
+    let faults = Fault::ALL.iter().map(|f| (f.name().to_owned(), json!(report.faults.get(f).copied().unwrap_or(0))));
+    let bad = report.bad_rows.iter().map(
+        |bad| json!({"file": bad.file.to_string_lossy(), "row": bad.number, "fault": bad.fault.name(), "message": bad.message}),
+    );
+    json!({
+        "template": masker.template.name(), "max_tokens": config.max_tokens,
+        "rows": report.n_rows, "turns": report.n_turns, "images": report.n_images, "truncated": report.n_truncated,
+        "faults": faults.collect::<serde_json::Map<_, _>>(), "bad_rows": bad.collect::<Vec<_>>(),
+        "tokens": percentiles(&report.tokens), "supervised_tokens": percentiles(&report.supervised),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn previews_show_masks_with_and_without_colour() {
+        let stretches = [
+            Stretch::Context("USER: ".into()),
+            Stretch::Image(576),
+            Stretch::Context("\nq\x1b[2J ASSISTANT:".into()),
+            Stretch::Learnt(" a</s>".into()),
+            Stretch::Cut("USER".into()),
+        ];
+        assert_eq!(preview(&stretches, false), "USER: <image: 576 tokens>\nq\\u{1b}[2J ASSISTANT:{{ a</s>}}{xUSERx}");
+        let coloured = preview(&stretches, true);
+        assert!(coloured.contains("\x1b[32m a</s>\x1b[0m") && !coloured.contains("{{"), "{coloured}");
+        assert!(!coloured.contains("\x1b[2J"), "{coloured:?}");
+    }
+}
