@@ -89,10 +89,10 @@ pub enum Error {
         /// What the device said, or what is wrong with the launch.
         problem: String,
     },
-    /// What a check of ops has found.
+    /// What a check of ops, or of gradients, has found.
     #[error("{place}: {problem}")]
     Check {
-        /// The op, and the part of the model that it stands in.
+        /// The op, and the part of the model that it stands in; or the step of training.
         place: String,
         /// What is wrong with its results.
         problem: String,

@@ -1,4 +1,5 @@
-//! Gradients of whole models against PyTorch's autograd in f64 (tools/reference/make_gradients.py): every tensor, by name.
+//! Gradients of whole models, and steps along them, against PyTorch's autograd and AdamW in f64 (tools/reference/make_gradients.py):
+//! every tensor, by name.
 
 mod support;
 
@@ -7,6 +8,9 @@ use llava_engine::dtype::DType;
 use llava_engine::model::checkpoint::Checkpoint;
 use llava_engine::model::{Batch, Llava, Recompute, Slot, Tape, Trained};
 use llava_engine::tensor::Tensor;
+use llava_engine::train::config::Config;
+use llava_engine::train::optim::Optimizer;
+use llava_engine::train::schedule::{Decay, Schedule};
 use safetensors::SafeTensors;
 use support::fixture;
 
@@ -157,4 +161,95 @@ fn what_cannot_be_trained_is_refused() {
     let with_image = [Slot::Token(1), Slot::Image { feature_row: 0 }];
     assert!(run(&with_image, &[false, true], &[2]).contains("position 1"));
     assert!(run(&with_image, &[false, false], &[2]).contains("no pictures"));
+}
+
+/// The settings of `train` in make_gradients.py.
+fn settings() -> Config {
+    Config {
+        lr: 1e-3,
+        projector_lr: Some(4e-3),
+        vision_lr: Some(5e-4),
+        weight_decay: 0.1,
+        beta2: 0.99,
+        max_grad_norm: 1.0,
+        ..Config::default()
+    }
+}
+
+/// A model of the fixtures with all that a pass needs.
+struct Run {
+    ops: Cpu,
+    model: Llava,
+    tape: Tape,
+    pixels: Tensor,
+    slots: Vec<Slot>,
+    is_learned: Vec<bool>,
+    lengths: Vec<usize>,
+}
+
+impl Run {
+    fn new(name: &str) -> Self {
+        let reference = Reference::read(name);
+        let checkpoint = Checkpoint::open(&fixture(&format!("checkpoints/{name}")), None).unwrap();
+        let ops = Cpu::new(2, DType::F32).unwrap();
+        let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, Some(DType::F32)).unwrap();
+        model.train(&ops, ALL).unwrap();
+        let (slots, is_learned, lengths) = reference.batch();
+        let tape = Tape::plan(&ops, &checkpoint.config, ALL, slots.len(), 1, Recompute::Full).unwrap();
+        let size = checkpoint.config.vision.image_size;
+        let pixels = Tensor::from_slice(&[1, 3, size, size], &reference.f32("pixels"));
+        Self { ops, model, tape, pixels, slots, is_learned, lengths }
+    }
+
+    /// The mean loss; gradients are those of it.
+    fn loss(&mut self) -> f64 {
+        let n = self.is_learned.iter().filter(|l| **l).count() as f64;
+        let batch = Batch { slots: &self.slots, is_learned: &self.is_learned, lengths: &self.lengths };
+        self.model.gradients(&self.ops, &mut self.tape, Some(&self.pixels), &batch, (1.0 / n) as f32).unwrap() / n
+    }
+}
+
+#[test]
+fn fifty_steps_follow_pytorch() {
+    for name in MODELS {
+        let expected = Reference::read(name).f32("losses");
+        let schedule = Schedule::new(Decay::Cosine, expected.len(), 5, 0.0);
+        let (mut run, mut optimizer) = (Run::new(name), Optimizer::new(&settings()));
+        let mut worst = 0f64;
+        for (step, &expected) in expected.iter().enumerate() {
+            let loss = run.loss();
+            let error = (loss - f64::from(expected)).abs();
+            assert!(error <= 1e-3, "{name}: before step {step} the loss is {loss}, PyTorch's {expected}");
+            worst = worst.max(error);
+            optimizer.step(&run.ops, &mut run.model, schedule.factor(step)).unwrap();
+        }
+        println!("{name}: losses of {} steps are within {worst:.1e}", expected.len());
+    }
+}
+
+/// A number that is none stops the step, names the parameter, and changes nothing.
+#[test]
+fn a_gradient_that_is_not_finite_is_named() {
+    let (mut run, mut optimizer) = (Run::new("hf_mha_f32"), Optimizer::new(&settings()));
+    run.loss();
+    optimizer.step(&run.ops, &mut run.model, 1.0).unwrap();
+    run.loss();
+    let name = "llama.layers.1.mlp.down_proj.weight";
+    let values = |run: &mut Run| {
+        let mut all = Vec::new();
+        run.model.visit_params(&mut |param| Ok(all.push(param.value.to_f32()))).unwrap();
+        all
+    };
+    run.model
+        .visit_params(&mut |param| {
+            if param.name == name {
+                param.grad.as_mut_slice::<f32>()[7] = f32::NAN;
+            }
+            Ok(())
+        })
+        .unwrap();
+    let before = values(&mut run);
+    let error = optimizer.step(&run.ops, &mut run.model, 1.0).unwrap_err().to_string();
+    assert!(error.starts_with("step 2: ") && error.contains(name), "{error}");
+    assert!(values(&mut run) == before);
 }

@@ -1,4 +1,4 @@
-"""Gradients of whole tiny models by PyTorch's autograd, in f64: tests/fixtures/gradients/NAME.safetensors.
+"""Gradients of whole tiny models by PyTorch's autograd, and their losses under its AdamW, in f64: tests/fixtures/gradients/NAME.safetensors.
 
 Two sequences, one with a picture and one of text alone, some tokens of which are to be learned; the loss is the sum over these, times
 SCALE. Names are the engine's own; biases of Q, K and V are one tensor, as the engine has them.
@@ -6,13 +6,14 @@ SCALE. Names are the engine's own; biases of Q, K and V are one tensor, as the e
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, get_scheduler
 
 from common import FIXTURES, rng
 
 MODELS = ["hf_mha_f32", "hf_gqa_bf16"]
 TOKENS = [13, 9]  # besides the picture
 SCALE = 0.125
+STEPS, WARMUP, MAX_NORM = 50, 5, 1.0
 RENAMED = [
     ("model.vision_tower.vision_model.", "model.vision_tower."), ("model.vision_tower.embeddings.", "clip."),
     ("model.vision_tower.pre_layrnorm", "clip.pre_layernorm"), ("model.vision_tower.encoder.", "clip."),
@@ -27,6 +28,36 @@ def canonical(name: str) -> str:
     return name
 
 
+def sum_of_losses(model, ids, learned, pixels) -> torch.Tensor:
+    logits = model(input_ids=ids[None], pixel_values=pixels).logits[0]
+    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")[learned[1:]].sum()
+
+
+def train(model, sequences) -> list[float]:
+    """The mean loss before each of STEPS steps on the same batch, all of the model trained, the parts at rates of their own."""
+    groups = {}
+    for name, param in model.named_parameters():
+        name = canonical(name)
+        lr = {"projector": 4e-3, "clip": 5e-4}.get(name.split(".")[0], 1e-3)
+        decay = 0.0 if name.endswith(".bias") or "norm" in name else 0.1
+        groups.setdefault((lr, decay), []).append(param)
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
+        betas=(0.9, 0.99), eps=1e-8)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=WARMUP, num_training_steps=STEPS)
+    n_learned = sum(learned[1:].sum().item() for _, learned, _ in sequences)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = sum(sum_of_losses(model, *sequence) for sequence in sequences) / n_learned
+        loss.backward()
+        losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        scheduler.step()
+    return losses
+
+
 def make(name: str) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(
         FIXTURES / "checkpoints" / name, dtype=torch.float64, attn_implementation="eager")
@@ -35,7 +66,7 @@ def make(name: str) -> None:
     n_features = (size // patch) ** 2 + (config.vision_feature_select_strategy == "full")
     pixels = torch.from_numpy(random.standard_normal((1, 3, size, size))).float()
     out = {"pixels": pixels}
-    loss = 0
+    loss, sequences = 0, []
     for i, n in enumerate(TOKENS):
         ids = random.integers(3, config.text_config.vocab_size, n)
         ids[ids == config.image_token_id] = 3
@@ -46,9 +77,8 @@ def make(name: str) -> None:
             image = torch.full((n_features,), config.image_token_id)
             ids = torch.cat([ids[:2], image, ids[2:]])
             learned = torch.cat([learned[:2], torch.zeros(n_features, dtype=torch.bool), learned[2:]])
-        logits = model(input_ids=ids[None], pixel_values=pixels.double() if i == 0 else None).logits[0]
-        losses = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
-        loss = loss + losses[learned[1:]].sum()
+        sequences.append((ids, learned, pixels.double() if i == 0 else None))
+        loss = loss + sum_of_losses(model, *sequences[-1])
         out[f"ids.{i}"], out[f"is_learned.{i}"] = ids.int(), learned.int()
     (loss * SCALE).backward()
     out["loss"], out["scale"] = loss.detach().float().reshape(1), torch.tensor([SCALE])
@@ -58,9 +88,10 @@ def make(name: str) -> None:
         names = [q.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
         grads["+".join(n.removesuffix(".bias") for n in names) + ".bias"] = torch.cat([grads.pop(n) for n in names])
     out |= {"grad." + n: g.float().contiguous() for n, g in grads.items()}
+    out["losses"] = torch.tensor(train(model, sequences)).float()
     (FIXTURES / "gradients").mkdir(exist_ok=True)
     save_file(out, FIXTURES / "gradients" / f"{name}.safetensors")
-    print(name, loss.item(), len(grads), [n for n in grads][:6])
+    print(name, loss.item(), len(grads), out["losses"][[0, 10, 25, 49]].tolist())
 
 
 if __name__ == "__main__":

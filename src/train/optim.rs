@@ -1,0 +1,103 @@
+//! [`Optimizer`]: AdamW over the parameters of a model that are trained, each part with a learning rate of its own.
+
+use std::collections::BTreeMap;
+
+use super::config::Config;
+use crate::error::{Error, Result};
+use crate::model::Llava;
+use crate::ops::grad::{AdamW, GradOps};
+use crate::tensor::Tensor;
+
+/// What is added to the norm of all gradients before they are cut down to size, as PyTorch's `clip_grad_norm_` does.
+const NORM_EPS: f64 = 1e-6;
+
+/// AdamW with its moments, and how much each part of the model learns.
+pub struct Optimizer {
+    moments: BTreeMap<String, Moments>,
+    n_steps: u64,
+    lr: f64,
+    projector_lr: f64,
+    vision_lr: f64,
+    weight_decay: f64,
+    betas: [f64; 2],
+    eps: f64,
+    /// 0: gradients are left as they are.
+    max_grad_norm: f64,
+}
+
+/// Of one parameter, f32, as large.
+struct Moments {
+    m: Tensor,
+    v: Tensor,
+}
+
+impl Optimizer {
+    /// With the settings of a run, before its first step.
+    pub fn new(config: &Config) -> Self {
+        Self {
+            moments: BTreeMap::new(),
+            n_steps: 0,
+            lr: config.lr,
+            projector_lr: config.projector_lr.unwrap_or(config.lr),
+            vision_lr: config.vision_lr.unwrap_or(config.lr),
+            weight_decay: config.weight_decay,
+            betas: [config.beta1, config.beta2],
+            eps: config.adam_eps,
+            max_grad_norm: config.max_grad_norm,
+        }
+    }
+
+    /// One step along the gradients of `model`, which are zero afterwards; learning rates are `factor` times those of the run
+    /// ([`Schedule::factor`](super::schedule::Schedule::factor)). Returns the norm of all gradients before they were cut down.
+    ///
+    /// # Errors
+    /// If a gradient is not finite: its parameter is named, and none has been changed.
+    pub fn step(&mut self, ops: &dyn GradOps, model: &mut Llava, factor: f64) -> Result<f64> {
+        let mut square = 0.0;
+        model.visit_params(&mut |param| {
+            let of_param = ops.sq_norm(&[param.grad])?;
+            if !of_param.is_finite() {
+                let problem = format!("the gradient of {} is not finite: take a lower learning rate", param.name);
+                return Err(Error::Check { place: format!("step {}", self.n_steps + 1), problem });
+            }
+            square += of_param;
+            Ok(())
+        })?;
+        let norm = square.sqrt();
+        let is_cut = self.max_grad_norm > 0.0;
+        let grad_scale = if is_cut { (self.max_grad_norm / (norm + NORM_EPS)).min(1.0) } else { 1.0 };
+        self.n_steps += 1;
+        model.visit_params(&mut |param| {
+            let options = AdamW {
+                lr: factor * self.lr_of(param.name),
+                beta1: self.betas[0],
+                beta2: self.betas[1],
+                eps: self.eps,
+                weight_decay: if decays(param.name) { self.weight_decay } else { 0.0 },
+                step: self.n_steps,
+                grad_scale,
+            };
+            if !self.moments.contains_key(param.name) {
+                let zeros = || ops.alloc(param.value.shape(), param.value.dtype());
+                self.moments.insert(param.name.to_owned(), Moments { m: zeros()?, v: zeros()? });
+            }
+            let Moments { m, v } = self.moments.get_mut(param.name).expect("it was just made");
+            ops.adamw(param.value, m, v, param.grad, None, &options)?;
+            ops.clear(param.grad)
+        })?;
+        Ok(norm)
+    }
+
+    fn lr_of(&self, name: &str) -> f64 {
+        match name.split('.').next() {
+            Some("projector") => self.projector_lr,
+            Some("clip") => self.vision_lr,
+            _ => self.lr,
+        }
+    }
+}
+
+/// Whether a parameter decays: all but biases and norms, as in transformers' `Trainer`.
+fn decays(name: &str) -> bool {
+    !name.ends_with(".bias") && !name.contains("norm")
+}
