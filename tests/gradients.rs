@@ -12,7 +12,7 @@ use llava_engine::train::config::Config;
 use llava_engine::train::optim::Optimizer;
 use llava_engine::train::schedule::{Decay, Schedule};
 use safetensors::SafeTensors;
-use support::fixture;
+use support::{Bound, assert_close, fixture};
 
 /// The error of a gradient, relative to the length of the reference's: ‖got − expected‖ / ‖expected‖.
 const ERROR: f64 = 1e-4;
@@ -237,7 +237,12 @@ fn a_gradient_that_is_not_finite_is_named() {
     let name = "llama.layers.1.mlp.down_proj.weight";
     let values = |run: &mut Run| {
         let mut all = Vec::new();
-        run.model.visit_params(&mut |param| Ok(all.push(param.value.to_f32()))).unwrap();
+        run.model
+            .visit_params(&mut |param| {
+                all.push(param.value.to_f32());
+                Ok(())
+            })
+            .unwrap();
         all
     };
     run.model
@@ -252,4 +257,40 @@ fn a_gradient_that_is_not_finite_is_named() {
     let error = optimizer.step(&run.ops, &mut run.model, 1.0).unwrap_err().to_string();
     assert!(error.starts_with("step 2: ") && error.contains(name), "{error}");
     assert!(values(&mut run) == before);
+}
+
+/// A batch that is the same sequences many times over: more tokens to be learned than have their logits made at once.
+#[test]
+fn gradients_of_many_sequences_add_up() {
+    const TIMES: usize = 30;
+    let name = "hf_gqa_bf16";
+    let (loss, expected) = gradients(name, 2, ALL, Recompute::Full);
+    let mut run = Run::new(name);
+    let n_features = run.slots.iter().filter(|slot| matches!(slot, Slot::Image { .. })).count();
+    let shifted = |by: usize| {
+        run.slots.iter().map(move |slot| match *slot {
+            Slot::Image { feature_row } => Slot::Image { feature_row: feature_row + by * n_features },
+            token => token,
+        })
+    };
+    let slots: Vec<_> = (0..TIMES).flat_map(shifted).collect();
+    let (is_learned, lengths) = (run.is_learned.repeat(TIMES), run.lengths.repeat(TIMES));
+    assert!(is_learned.iter().filter(|l| **l).count() > 256);
+    let config = run.model.config().clone();
+    let size = config.vision.image_size;
+    let pixels = Tensor::from_slice(&[TIMES, 3, size, size], &run.pixels.to_f32().repeat(TIMES));
+    let mut tape = Tape::plan(&run.ops, &config, ALL, slots.len(), TIMES, Recompute::Full).unwrap();
+    let batch = Batch { slots: &slots, is_learned: &is_learned, lengths: &lengths };
+    let scale = Reference::read(name).f32("scale")[0] / TIMES as f32;
+    let sum = run.model.gradients(&run.ops, &mut tape, Some(&pixels), &batch, scale).unwrap();
+    assert!((sum / TIMES as f64 / loss - 1.0).abs() < 1e-6);
+    let mut i = 0;
+    run.model
+        .visit_params(&mut |param| {
+            assert_close(param.name, &param.grad.to_f32(), &expected[i].1, Bound { abs: 1e-7, rel_to_max: 2e-5 });
+            i += 1;
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(i, expected.len());
 }
