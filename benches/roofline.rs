@@ -39,7 +39,7 @@ fn main() {
 
     let linears = [DType::F32, DType::Bf16, DType::F16].into_iter().flat_map(common::linears);
     let packed = [4, 8].into_iter().flat_map(common::packed_linears);
-    for case in linears.chain(packed).chain(common::attentions(&[DType::F32, DType::Bf16])) {
+    for case in linears.chain(packed).chain(common::linear_gradients()).chain(common::attentions(&[DType::F32, DType::Bf16])) {
         let name = format!("{} {}", case.op, case.shape);
         if filter.as_ref().is_none_or(|filter| name.contains(filter)) {
             bench.report(&name, &case);

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
 use llava_engine::nn::{RopeScaling, rope_table};
+use llava_engine::ops::grad::{GradOps, Update};
 use llava_engine::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, Span, Weight};
 use llava_engine::tensor::Tensor;
 use llava_engine::weights::Source;
@@ -37,7 +38,7 @@ pub enum Work {
 pub type Call<'a> = Box<dyn FnMut() + 'a>;
 
 /// Makes the operands of an op on a device.
-type Prepare = dyn Fn(&dyn Ops) -> Call<'_>;
+type Prepare = dyn Fn(&dyn GradOps) -> Call<'_>;
 
 /// One op on one shape. Its operands, up to half a gigabyte, are made when it is prepared, and not before.
 pub struct Case {
@@ -51,12 +52,12 @@ pub struct Case {
 }
 
 impl Case {
-    fn new(op: &'static str, shape: String, work: Work, prepare: impl Fn(&dyn Ops) -> Call<'_> + 'static) -> Self {
+    fn new(op: &'static str, shape: String, work: Work, prepare: impl Fn(&dyn GradOps) -> Call<'_> + 'static) -> Self {
         Self { op, shape, work, prepare: Box::new(prepare) }
     }
 
     /// Makes the operands.
-    pub fn prepare<'a>(&self, ops: &'a dyn Ops) -> Call<'a> {
+    pub fn prepare<'a>(&self, ops: &'a dyn GradOps) -> Call<'a> {
         (self.prepare)(ops)
     }
 }
@@ -88,6 +89,27 @@ pub fn packed_linears(bits: usize) -> Vec<Case> {
 const MANY: [(usize, usize, usize); 5] =
     [(577, 4096, 1024), (577, 1024, 4096), (640, 11008, 4096), (640, 4096, 11008), (32, 4096, 4096)];
 const FEW: [(usize, usize, usize); 5] = [(1, 4096, 4096), (1, 11008, 4096), (1, 4096, 11008), (4, 11008, 4096), (8, 11008, 4096)];
+
+/// Gradients of linear layers by x and by W, f32: of CLIP, of LLaMA-7B, and of the demo model with 2048 tokens at once.
+pub fn linear_gradients() -> Vec<Case> {
+    let shapes = [(577, 4096, 1024), (640, 11008, 4096), (2048, 768, 256), (2048, 256, 512), (2048, 768, 128), (2048, 128, 384)];
+    shapes.into_iter().flat_map(|(tokens, n, k)| [linear_dx(tokens, n, k), linear_dw(tokens, n, k)]).collect()
+}
+
+fn linear_dx(tokens: usize, n: usize, k: usize) -> Case {
+    Case::new("linear_dx", format!("{tokens}x{n}x{k}"), Work::Flops(2 * tokens * n * k), move |ops| {
+        let w = Weight::stacked(vec![activations(ops, &[n, k]).into()]).unwrap();
+        let (dy, mut dx) = (activations(ops, &[tokens, n]), activations(ops, &[tokens, k]));
+        Box::new(move || ops.linear_dx(&mut dx, &dy, &w, Update::Set).unwrap())
+    })
+}
+
+fn linear_dw(tokens: usize, n: usize, k: usize) -> Case {
+    Case::new("linear_dw", format!("{tokens}x{n}x{k}"), Work::Flops(2 * tokens * n * k), move |ops| {
+        let (dy, x, mut dw) = (activations(ops, &[tokens, n]), activations(ops, &[tokens, k]), activations(ops, &[n, k]));
+        Box::new(move || ops.linear_dw(&mut dw, &dy, 0, &x).unwrap())
+    })
+}
 
 /// Attention of an image, of a prompt, and of a token that looks back on a long context.
 pub fn attentions(cache: &[DType]) -> Vec<Case> {
