@@ -21,6 +21,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::image::{ImageSource, Limits, RgbImage};
 
 /// How a picture is marked in a text.
 const IMAGE_MARK: &str = "<image>";
@@ -127,6 +128,15 @@ impl Row {
     /// The same, as a fault of this kind.
     pub fn fault(&self, fault: Fault, problem: impl fmt::Display) -> RowError {
         RowError { fault, number: self.number, error: self.error(problem) }
+    }
+
+    /// Its pictures, decoded.
+    ///
+    /// # Errors
+    /// If one cannot be read; row and picture are named.
+    pub fn load_images(&self) -> Result<Vec<RgbImage>> {
+        let load = |path: &PathBuf| ImageSource::File(path.clone()).load(&Limits::default());
+        self.images.iter().map(|path| load(path).map_err(|e| self.error(e))).collect()
     }
 
     /// Checks that its pictures are there.

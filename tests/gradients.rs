@@ -7,10 +7,15 @@ use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
 use llava_engine::model::checkpoint::Checkpoint;
 use llava_engine::model::{Batch, Llava, Recompute, Slot, Tape, Trained};
+use llava_engine::nn::Linear;
+use llava_engine::ops::{Matrix, Weight};
 use llava_engine::tensor::Tensor;
 use llava_engine::train::config::Config;
 use llava_engine::train::optim::Optimizer;
 use llava_engine::train::schedule::{Decay, Schedule};
+use llava_engine::weights::Source;
+use llava_engine::weights::random::Random;
+use llava_engine::weights::recipe::Recipe;
 use safetensors::SafeTensors;
 use support::{Bound, assert_close, fixture};
 
@@ -143,9 +148,11 @@ fn recomputing_and_threads_change_nothing() {
 fn what_cannot_be_trained_is_refused() {
     let checkpoint = Checkpoint::open(&fixture("checkpoints/hf_gqa_bf16"), None).unwrap();
     let ops = Cpu::new(1, DType::F32).unwrap();
-    let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, None).unwrap();
-    let error = model.train(&ops, ALL).unwrap_err().to_string();
-    assert!(error.contains("bf16") && error.contains("--dtype f32"), "{error}");
+    let source = Random::packed(DType::F32, Recipe::of_bits(8, 32).unwrap());
+    let packed = source.packed("llama.layers.0.mlp.up_proj", 16, 64).unwrap().unwrap();
+    let mut linear = Linear::new(Weight::of(vec![Matrix::Packed(packed.into())]).unwrap(), None);
+    let error = linear.train(&ops).unwrap_err().to_string();
+    assert!(error.contains("int8"), "{error}");
 
     let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, Some(DType::F32)).unwrap();
     let trained = Trained { vision: false, projector: true, decoder: false };

@@ -23,7 +23,7 @@ const LAYERS: [(&str, &[&str]); 22] = [
     ("profile", &["error", "dtype", "tensor", "image", "ops"]),
     ("nn", &["error", "dtype", "tensor", "ops"]),
     ("text", &["error"]),
-    ("data", &["error"]),
+    ("data", &["error", "image"]),
     // Packed matrices are checked where they are read; those of other programs are repacked by the CPU's threads.
     ("weights", &["error", "dtype", "tensor", "ops", "cpu"]),
     ("model", &["error", "dtype", "tensor", "ops", "nn", "image", "weights"]),
@@ -37,7 +37,7 @@ const LAYERS: [(&str, &[&str]); 22] = [
         ],
     ),
     ("quantize", &["error", "dtype", "tensor", "ops", "cpu", "device", "image", "data", "weights", "model", "infer", "engine"]),
-    ("train", &["error", "dtype", "tensor", "ops", "image", "text", "data", "model", "infer", "engine"]),
+    ("train", &["error", "dtype", "tensor", "ops", "cpu", "nn", "image", "text", "data", "weights", "model", "infer", "engine"]),
     ("capi", &["error", "dtype", "device", "engine", "image", "infer", "text", "model", "ops"]),
     ("lib", &[]),
     ("main", &[]),

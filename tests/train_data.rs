@@ -446,7 +446,7 @@ fn check_data_measures_lengths() {
 #[test]
 fn wrong_usage_of_finetune_is_told_before_anything_is_read() {
     for (flags, expected) in [
-        (&["--data", "x.json"][..], "this version does not train yet"),
+        (&["--data", "x.json"][..], "Name a new folder with --output"),
         (&["--check-data"], "no data: name a file of rows with --data"),
         (&["--check-data", "--lr", "nan"], "lr = NaN makes no sense"),
         (&["--check-data", "--lora-r", "0"], "lora_r = 0 makes no sense"),

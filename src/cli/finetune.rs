@@ -1,17 +1,23 @@
 //! `finetune`: trains a model on rows of conversations, or looks through them.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 use llava_engine::data::Fault;
 use llava_engine::error::{Error, Result};
 use llava_engine::model::checkpoint::{Beside, Checkpoint};
 use llava_engine::model::config::Profile;
+use llava_engine::model::save;
 use llava_engine::text::{Style, Template, Tokenizer};
 use llava_engine::train::check::{Report, percentile};
 use llava_engine::train::config::{Config, SETTINGS};
 use llava_engine::train::data::Dataset;
 use llava_engine::train::mask::{Masker, Stretch};
+use llava_engine::train::run::{Step, Trainer};
 use llava_engine::weights::hub::resolve;
 use serde_json::{Value, json};
 
@@ -20,7 +26,8 @@ use super::common;
 
 /// Flags of `finetune`.
 #[derive(clap::Args)]
-#[command(after_help = "Example:
+#[command(after_help = "Examples:
+  llava-engine finetune --tune projector --dtype f32 --lr 1e-3 --data rows.json --image-folder pictures --output tuned
   llava-engine finetune --check-data --model llava-hf/llava-1.5-7b-hf --data llava_instruct_80k.json --image-folder coco/train2017
   llava-engine finetune --check-data --preset llava-1.5-pretrain --config run.toml --json
 
@@ -48,6 +55,9 @@ pub struct Args {
     /// Decodes every picture, not only its header; slow
     #[arg(long)]
     decode_images: bool,
+    /// CPU threads; 0 for as many as the machine has
+    #[arg(long, default_value_t = 0, env = "LLAVA_THREADS", value_name = "N")]
+    threads: usize,
     /// Prints one JSON document
     #[arg(long)]
     json: bool,
@@ -93,9 +103,11 @@ impl FromArgMatches for Settings {
 /// Trains, or looks through the data.
 pub fn run(args: &Args) -> Result<Outcome> {
     let config = Config::resolve(args.config.as_deref(), args.settings.0.clone())?;
-    if !args.check_data {
-        return Err(Error::usage("this version does not train yet, it only looks through the data: add --check-data"));
-    }
+    let output = match (args.check_data, config.output.as_deref()) {
+        (false, None) => return Err(Error::usage("where is the result to go? Name a new folder with --output")),
+        (true, _) => None,
+        (false, output) => output,
+    };
     let data = Dataset::open(&config.data, config.image_folder.as_deref())?;
     let model = args.model.clone().map_or_else(common::demo_model, Ok)?;
     let folder = resolve(&model.to_string_lossy())?;
@@ -116,6 +128,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
         tokens_per_image: checkpoint.config.tokens_per_image(),
         max_tokens: config.max_tokens as usize,
     };
+    if let Some(output) = output {
+        return train(args, &config, &folder, output, &checkpoint, masker, data);
+    }
     let bar = common::progress("{msg:40} {wide_bar} {pos}/{len} {eta}");
     bar.set_length(data.n_rows() as u64);
     let colour = common::is_interactive() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
@@ -140,6 +155,48 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     report.judge(args.max_bad_rows)?;
     Ok(Outcome::Done)
+}
+
+/// Trains and writes the result; what was learnt by then if it is stopped.
+fn train(
+    args: &Args,
+    config: &Config,
+    folder: &Path,
+    output: &Path,
+    checkpoint: &Checkpoint,
+    masker: Masker<'_>,
+    data: Dataset,
+) -> Result<Outcome> {
+    let mut trainer = Trainer::new(config, checkpoint, masker, data, args.threads, args.max_bad_rows)?;
+    save::new_folder(output)?;
+    let log_path = output.join("log.jsonl");
+    let mut log = File::create(&log_path).map_err(|e| Error::io(&log_path, e))?;
+    let stop = Arc::new(AtomicBool::new(false));
+    common::cancel_on_ctrl_c(Arc::clone(&stop));
+    let (mut last, mut n_bad) = (None, 0);
+    while !stop.load(Ordering::Relaxed) {
+        let Some(step) = trainer.step()? else { break };
+        trainer.bad_rows().skip(n_bad).for_each(|row| eprintln!("llava-engine: left out: {}", common::one_line(row)));
+        n_bad = trainer.bad_rows().count();
+        let line = serde_json::to_string(&step).map_err(|e| Error::file(&log_path, e))?;
+        writeln!(log, "{line}").map_err(|e| Error::io(&log_path, e))?;
+        if !args.json && (step.step as u64).is_multiple_of(config.log_steps.max(1)) {
+            common::put(&step_line(&step))?;
+        }
+        last = Some(step);
+    }
+    trainer.save(folder, output)?;
+    if args.json {
+        common::put_json(&json!({"last_step": last, "left_out": n_bad, "output": output.to_string_lossy()}))?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn step_line(step: &Step) -> String {
+    let Step { step, n_steps, loss, lr, grad_norm, n_tokens, ms, .. } = step;
+    let left = (n_steps - step) as f64 * ms / 1e3;
+    let speed = *n_tokens as f64 / ms * 1e3;
+    format!("step {step}/{n_steps}  loss {loss:.4}  lr {lr:.2e}  grad norm {grad_norm:.3}  {speed:.0} tokens/s  {left:.0} s left\n")
 }
 
 /// Bad rows that are named one by one, for people.

@@ -15,6 +15,7 @@ mod load;
 mod preprocess_json;
 mod projector;
 mod quantized;
+pub mod save;
 mod stage;
 mod tape;
 mod training;

@@ -12,7 +12,7 @@ use super::stage::Ctx;
 use super::tape::{Recompute, Stack, Widths};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::nn::{Param, VisitParams};
+use crate::nn::{Param, VisitParams, own_f32};
 use crate::ops::grad::GradOps;
 use crate::ops::{Heads, RowCopy, Span};
 use crate::tensor::Tensor;
@@ -44,6 +44,9 @@ pub struct Batch<'a> {
 
 /// Buffers of a training pass.
 pub struct Tape {
+    /// What there is room for.
+    max_tokens: usize,
+    max_images: usize,
     decoder: Stack,
     /// Of the vision tower, if it is trained: its patches, and embeddings before the first norm.
     vision: Option<Vision>,
@@ -98,6 +101,8 @@ impl Tape {
             })
         };
         Ok(Self {
+            max_tokens,
+            max_images,
             decoder: Stack::plan(ops, widths, text.n_layers, max_tokens, recompute)?,
             vision: trained.vision.then(plan_vision).transpose()?,
             embeds: hidden()?,
@@ -113,11 +118,18 @@ impl Tape {
     }
 }
 
+impl Tape {
+    /// Whether a batch of so many positions and pictures has room.
+    pub fn holds(&self, n_tokens: usize, n_images: usize) -> bool {
+        n_tokens <= self.max_tokens && n_images <= self.max_images
+    }
+}
+
 impl Llava {
     /// Makes room for the gradients of these parts: from now on they are trained.
     ///
     /// # Errors
-    /// If a matrix of them is not f32; if embeddings and head are one tensor, whose gradient would be two.
+    /// If a matrix of them is packed; if embeddings and head are one tensor, whose gradient would be two.
     pub fn train(&mut self, ops: &dyn GradOps, trained: Trained) -> Result<()> {
         if trained.vision {
             self.clip.train(ops).map_err(|e| e.within("vision tower"))?;
@@ -156,7 +168,7 @@ impl Llava {
         scale: f32,
     ) -> Result<f64> {
         let spans = batch.spans()?;
-        let Tape { decoder, vision, embeds, head } = tape;
+        let Tape { decoder, vision, embeds, head, .. } = tape;
         decoder.set_tokens(batch.slots.len());
 
         let n_images = pixels.map_or(0, Tensor::rows);
@@ -340,14 +352,8 @@ impl Llama {
     }
 
     fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
-        let embedding = std::sync::Arc::get_mut(&mut self.embedding).expect("an embedding that is not tied has one owner");
-        if embedding.dtype() != DType::F32 {
-            return Err(Error::Unsupported(format!("training embeddings in {}: take --dtype f32", embedding.dtype())));
-        }
-        if embedding.is_mapped() {
-            *embedding = ops.to_host(embedding)?;
-        }
-        self.embedding_grad = Some(ops.alloc(embedding.shape(), DType::F32)?);
+        own_f32(ops, &mut self.embedding)?;
+        self.embedding_grad = Some(ops.alloc(self.embedding.shape(), DType::F32)?);
         self.blocks.iter_mut().try_for_each(|block| block.train(ops))?;
         self.norm.train(ops)?;
         self.head.train(ops)

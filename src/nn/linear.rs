@@ -70,21 +70,17 @@ impl Linear {
         ops.linear_dx(dx, dy, &self.weight, Update::Set)
     }
 
-    /// Makes room for gradients: from now on the layer is trained.
+    /// Makes room for gradients: from now on the layer is trained, its matrix in f32, which holds small steps.
     ///
     /// # Errors
-    /// If its matrix is packed, or not f32: what is trained must hold small steps.
+    /// If its matrix is packed.
     pub fn train(&mut self, ops: &dyn Ops) -> Result<()> {
         let mut parts = Vec::new();
         for part in &mut self.weight.parts {
-            let Matrix::Dense(tensor) = part else { return Err(untrained(part)) };
-            if tensor.dtype() != DType::F32 {
-                return Err(untrained(part));
-            }
-            if tensor.is_mapped() {
-                // What is in a file is for reading only.
-                *tensor = Arc::new(ops.to_host(tensor)?);
-            }
+            let Matrix::Dense(tensor) = part else {
+                return Err(Error::Unsupported(format!("training a matrix in {}: its steps would be lost", part.storage())));
+            };
+            own_f32(ops, tensor)?;
             parts.push(ops.alloc(tensor.shape(), DType::F32)?);
         }
         let bias = self.bias.as_ref().map(|b| ops.alloc(b.shape(), DType::F32)).transpose()?;
@@ -112,6 +108,10 @@ impl Linear {
     }
 }
 
-fn untrained(matrix: &Matrix) -> Error {
-    Error::Unsupported(format!("training a matrix in {}: take --dtype f32, in which small steps are not lost", matrix.storage()))
+/// Makes `tensor` one of f32 that has its memory to itself: what is in a file is for reading only.
+pub fn own_f32(ops: &dyn Ops, tensor: &mut Arc<Tensor>) -> Result<()> {
+    if tensor.dtype() != DType::F32 || tensor.is_mapped() {
+        *tensor = Arc::new(ops.upload(ops.to_host(tensor)?.converted(DType::F32))?);
+    }
+    Ok(())
 }

@@ -5,7 +5,7 @@ mod norm;
 mod param;
 mod rope;
 
-pub use linear::{Linear, LinearGrad};
+pub use linear::{Linear, LinearGrad, own_f32};
 pub use norm::{LayerNorm, RmsNorm};
 pub use param::{Param, VisitParams};
 pub use rope::{RopeScaling, rope_table};

@@ -3,7 +3,6 @@
 use crate::data::Row;
 use crate::engine::{Engine, Turn, log_sum_exp};
 use crate::error::{Error, Result};
-use crate::image::{ImageSource, Limits, RgbImage};
 
 /// A model before and after, over the tokens of held-out answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -33,12 +32,6 @@ pub(super) fn turns(row: &Row) -> Vec<Turn> {
     turns.flatten().collect()
 }
 
-/// The pictures of a row.
-pub(super) fn images(row: &Row) -> Result<Vec<RgbImage>> {
-    let load = |path: &std::path::PathBuf| ImageSource::File(path.clone()).load(&Limits::default());
-    row.images.iter().map(|path| load(path).map_err(|e| row.error(e))).collect()
-}
-
 /// Compares two models on `rows`, of which there is at least one.
 ///
 /// # Errors
@@ -46,7 +39,7 @@ pub(super) fn images(row: &Row) -> Result<Vec<RgbImage>> {
 pub fn evaluate(dense: &mut Engine, quantized: &mut Engine, rows: &[Row]) -> Result<Evaluation> {
     let mut sums = Evaluation { n_rows: rows.len(), ..Evaluation::default() };
     for row in rows {
-        let (turns, images) = (turns(row), images(row)?);
+        let (turns, images) = (turns(row), row.load_images()?);
         let example = dense.example(&turns, images.len()).map_err(|e| row.error(e))?;
         if quantized.example(&turns, images.len()).map_err(|e| row.error(e))? != example {
             return Err(Error::usage("the two models read a text as different tokens: they cannot be compared"));

@@ -22,10 +22,9 @@ pub mod round;
 mod test_support;
 
 use std::fmt;
-use std::fs;
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::cpu::Cpu;
 use crate::cpu::pool::Pool;
@@ -36,35 +35,16 @@ use crate::dtype::DType;
 use crate::engine::{Engine, EngineOptions, Example};
 use crate::error::{Error, Result};
 use crate::model::checkpoint::{Checkpoint, QUANT_METHOD, QUANT_VERSION};
+use crate::model::save;
 use crate::ops::Packed;
 use crate::ops::packed::Format;
 use crate::tensor::Tensor;
+use crate::weights::Source;
 use crate::weights::recipe::Recipe;
 use crate::weights::write::{Planned, Writer};
-use crate::weights::{Source, files};
 use evaluate::Evaluation;
 use layers::{Layers, Rounded};
 use round::Loss;
-
-/// The only weight file of a folder that this module writes.
-const WEIGHTS: &str = "model.safetensors";
-/// Where the configuration of an original checkpoint's vision tower goes.
-const TOWER: &str = "vision_tower";
-/// Files beside the weights that are taken along if they are there.
-const COMPANIONS: [&str; 12] = [
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "LICENSE",
-];
 
 /// Every how many rows of calibration data one is held out, to be judged by.
 const HOLD_OUT: usize = 4;
@@ -211,7 +191,7 @@ pub fn quantize(
     checkpoint.expect_unpacked()?;
     let items = plan(&checkpoint, recipe)?;
     let mut data = options.calibration.as_ref().map(|calibration| Data::open(model, base, calibration, options)).transpose()?;
-    prepare(output)?;
+    save::new_folder(output)?;
     let mut planned: Vec<Planned> = items.iter().flat_map(Item::planned).collect();
     // Words first, scales next: their sizes keep all that follows aligned to cache lines.
     planned.sort_by_key(|p| match (p.dtype, p.name.rsplit('.').next()) {
@@ -220,7 +200,7 @@ pub fn quantize(
         (dtype, _) => 6 - dtype.size(),
     });
     let total = items.iter().map(|item| item.shape.iter().product::<usize>() * item.dtype.size()).sum();
-    let mut writer = Writer::create(&output.join(WEIGHTS), &planned)?;
+    let mut writer = Writer::create(&output.join(save::WEIGHTS), &planned)?;
     let machine = Machine::new(options.n_threads)?;
     let mut report = Report::default();
     // With data, the decoder's layers come last, and in their order.
@@ -249,9 +229,10 @@ pub fn quantize(
         }
     }
     writer.finish()?;
-    companions(model, &checkpoint, output)?;
-    // Last, since a folder without it is no checkpoint.
-    configuration(model, &checkpoint, options, output)?;
+    save::companions(model, &checkpoint, output)?;
+    save::configuration(model, &checkpoint, output, |config| {
+        config.insert("quantization_config".to_owned(), note(model, options));
+    })?;
     if let Some(data) = &mut data {
         report.evaluation = data.evaluate(output)?;
     }
@@ -290,7 +271,7 @@ impl<'a> Data<'a> {
     /// The decoder's inputs for each row that is not held out, f32 `[tokens, hidden]`.
     fn hidden(&mut self) -> Result<Vec<Tensor>> {
         let used = self.calibration.rows.iter().zip(&self.examples).enumerate().filter(|(i, _)| !Self::is_held_out(*i));
-        used.map(|(_, (row, example))| self.engine.input_embeds(example, &evaluate::images(row)?)).collect()
+        used.map(|(_, (row, example))| self.engine.input_embeds(example, &row.load_images()?)).collect()
     }
 
     /// The model as it was against the one in `output`.
@@ -339,15 +320,6 @@ fn plan(checkpoint: &Checkpoint, recipe: Recipe) -> Result<Vec<Item>> {
     Ok(items)
 }
 
-/// Makes the folder, which must not hold anything that could be mistaken for what is about to be written.
-fn prepare(output: &Path) -> Result<()> {
-    fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
-    match files::list(output)?.first() {
-        Some(name) => Err(Error::file(output, format!("is not empty (it has {name}): name a new folder with --output"))),
-        None => Ok(()),
-    }
-}
-
 /// What a tensor has become already.
 enum Done<'a> {
     Packed(&'a Rounded),
@@ -388,50 +360,18 @@ fn write(checkpoint: &Checkpoint, item: &Item, done: Option<Done<'_>>, writer: &
     Ok(written)
 }
 
-/// Copies tokenizer and preprocessing.
-fn companions(model: &Path, checkpoint: &Checkpoint, output: &Path) -> Result<()> {
-    let copy = |from: &Path, to: &Path| -> Result<()> {
-        for name in COMPANIONS {
-            let (from, to) = (from.join(name), to.join(name));
-            if from.is_file() && !to.exists() {
-                fs::copy(&from, &to).map_err(|e| Error::io(&to, e))?;
-            }
-        }
-        Ok(())
-    };
-    copy(model, output)?;
-    copy(&checkpoint.tokenizer_dir, output)?;
-    let Some(tower) = &checkpoint.tower_dir else { return Ok(()) };
-    let to = output.join(TOWER);
-    fs::create_dir(&to).map_err(|e| Error::io(&to, e))?;
-    copy(tower, &to)?;
-    let config = to.join("config.json");
-    fs::copy(tower.join("config.json"), &config).map(|_| ()).map_err(|e| Error::io(&config, e))
-}
-
-/// Writes `config.json`: the old one, with a note of what was done.
-fn configuration(model: &Path, checkpoint: &Checkpoint, options: &Options, output: &Path) -> Result<()> {
+/// What `config.json` says of how the model was packed.
+fn note(model: &Path, options: &Options) -> Value {
     let recipe = options.recipe;
-    let path = model.join("config.json");
-    let mut config: Map<String, Value> = files::json(&path)?.ok_or_else(|| Error::file(model, "no config.json"))?;
     let format = |format: Option<Format>| format.map(|f| json!({"bits": f.bits, "group_size": f.group}));
-    config.insert(
-        "quantization_config".to_owned(),
-        json!({
-            "quant_method": QUANT_METHOD,
-            "version": QUANT_VERSION,
-            "rounding": options.method.to_string(),
-            "source": model.file_name().map(|name| name.to_string_lossy()),
-            "decoder": format(recipe.decoder),
-            "head": format(recipe.head),
-            "projector": format(recipe.projector),
-            "vision": format(recipe.vision),
-        }),
-    );
-    if checkpoint.tower_dir.is_some() {
-        config.insert("mm_vision_tower".to_owned(), json!(TOWER));
-    }
-    let to = output.join("config.json");
-    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::file(&to, e))?;
-    fs::write(&to, text + "\n").map_err(|e| Error::io(&to, e))
+    json!({
+        "quant_method": QUANT_METHOD,
+        "version": QUANT_VERSION,
+        "rounding": options.method.to_string(),
+        "source": model.file_name().map(|name| name.to_string_lossy()),
+        "decoder": format(recipe.decoder),
+        "head": format(recipe.head),
+        "projector": format(recipe.projector),
+        "vision": format(recipe.vision),
+    })
 }

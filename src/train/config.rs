@@ -216,6 +216,8 @@ impl Config {
             (Some(preset), _, _) => Self::preset(preset)?,
             (None, Some("pretrain"), _) => Self::preset("llava-1.5-pretrain")?.unnamed(),
             (None, _, Some("full")) => Self::preset("llava-1.5-finetune")?.unnamed(),
+            // Of its own rate, which that of LoRA's script is, a flag --lr would say nothing.
+            (None, _, Some("projector")) => Self { projector_lr: None, ..Self::preset("llava-1.5-lora")?.unnamed() },
             _ => Self::preset("llava-1.5-lora")?.unnamed(),
         };
         let mut all = base.table();

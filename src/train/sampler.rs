@@ -90,6 +90,15 @@ impl Sampler {
         &self.batches[self.position.n_batches - 1]
     }
 
+    /// The batches of the next optimizer step: as many as are accumulated, or those that the epoch has left.
+    pub fn next_step(&mut self) -> Vec<Vec<usize>> {
+        let mut step = vec![self.next_batch().to_vec()];
+        while step.len() < self.order.n_accumulated && self.position.n_batches < self.batches.len() {
+            step.push(self.next_batch().to_vec());
+        }
+        step
+    }
+
     /// Where it stands: a new sampler there goes on with the same batches.
     pub fn position(&self) -> Position {
         self.position
@@ -341,5 +350,22 @@ mod tests {
         let mixed = |b: &Vec<usize>| b.iter().any(|&i| lengths[i].has_images != lengths[b[0]].has_images);
         let n_rest = 2 * order.n_accumulated;
         assert!(batches[..batches.len() - n_rest].iter().all(|b| !mixed(b)));
+    }
+
+    /// Steps do not reach from one epoch into the next, and are as many as was said.
+    #[test]
+    fn steps_end_with_an_epoch() {
+        for (n_rows, sizes) in [(1, vec![1]), (12, vec![3]), (17, vec![3, 2]), (29, vec![3, 3, 2])] {
+            let order = Order { seed: 1, grouping: Grouping::None, batch_size: 4, n_accumulated: 3, pack_tokens: 0 };
+            let mut sampler = Sampler::new(order, vec![WITH; n_rows], Position::default());
+            assert_eq!(sampler.steps_per_epoch(), sizes.len(), "{n_rows} rows");
+            for epoch in 0..3 {
+                let steps: Vec<_> = sizes.iter().map(|_| sampler.next_step()).collect();
+                assert_eq!(steps.iter().map(Vec::len).collect::<Vec<_>>(), sizes, "{n_rows} rows, epoch {epoch}");
+                let mut rows = steps.concat().concat();
+                rows.sort();
+                assert_eq!(rows, (0..n_rows).collect::<Vec<_>>(), "epoch {epoch}");
+            }
+        }
     }
 }

@@ -1,0 +1,222 @@
+//! `finetune`, from rows to a checkpoint that answers.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use support::fixture;
+use support::program::{llava, succeed};
+use tempfile::TempDir;
+
+/// Five rows: three with pictures, one of these of two turns, and two of text alone.
+fn rows() -> Value {
+    let turns = |pairs: &[(&str, &str)]| {
+        let turn = |from: &str, value: &str| serde_json::json!({"from": from, "value": value});
+        pairs.iter().flat_map(|(q, a)| [turn("human", q), turn("gpt", a)]).collect::<Vec<_>>()
+    };
+    serde_json::json!([
+        {"id": "a", "image": "square.png", "conversations": turns(&[("<image>\nWhat is this?", "A square.")])},
+        {"id": "b", "image": "odd.png", "conversations": turns(&[("What is odd?\n<image>", "This."), ("And now?", "That as well.")])},
+        {"id": "c", "conversations": turns(&[("How are you?", "Well, and you?")])},
+        {"id": "d", "image": "square.png", "conversations": turns(&[("<image>\nDescribe it.", "It has four sides.")])},
+        {"id": "e", "conversations": turns(&[("Say yes.", "yes")])},
+    ])
+}
+
+/// A folder with them.
+fn folder() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("rows.json"), rows().to_string()).unwrap();
+    folder
+}
+
+const MODEL: &str = "checkpoints/hf_gqa_bf16";
+
+/// How a run of the program ended.
+struct Done {
+    ok: bool,
+    stdout: String,
+    stderr: String,
+}
+
+/// Runs `finetune` on the rows in `folder`.
+fn finetune(folder: &Path, output: &str, flags: &[&str]) -> Done {
+    let (model, rows, images) = (fixture(MODEL), folder.join("rows.json"), fixture("images"));
+    let paths = [&model, &rows, &images, &folder.join(output)].map(|p| p.to_str().unwrap().to_owned());
+    let [model, rows, images, output] = &paths;
+    let mut args = vec!["finetune", "--model", model, "--data", rows, "--image-folder", images, "--output", output];
+    let defaults = [("--dtype", "f32"), ("--batch-size", "3"), ("--accumulation", "2"), ("--lr", "3e-3"), ("--template", "v1")];
+    for (flag, value) in defaults.into_iter().filter(|(flag, _)| !flags.contains(flag)) {
+        args.extend([flag, value]);
+    }
+    args.extend(flags);
+    let output = llava(&args);
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Done { ok: output.status.success(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// What each step was.
+fn log(folder: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(folder.join("log.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The bytes of each tensor of a folder, by its name.
+fn tensors(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "safetensors") && path.file_name().unwrap() != "expected.safetensors" {
+            let bytes = std::fs::read(path).unwrap();
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            all.extend(file.tensors().into_iter().map(|(name, view)| (name, view.data().to_vec())));
+        }
+    }
+    all
+}
+
+const ALL: [&str; 4] = ["--tune", "full", "--tune-vision", "full"];
+
+#[test]
+fn a_model_learns_its_rows_and_is_written_in_its_layout() {
+    let folder = folder();
+    let done = finetune(folder.path(), "out", &[&ALL[..], &["--epochs", "30", "--json"]].concat());
+    assert!(done.ok, "{}", done.stderr);
+    let summary: Value = serde_json::from_str(&done.stdout).unwrap();
+    assert_eq!(summary["last_step"]["step"], 30, "{summary}");
+    let out = folder.path().join("out");
+    let steps = log(&out);
+    let loss = |i: usize| steps[i]["loss"].as_f64().unwrap();
+    assert_eq!(steps.len(), 30);
+    assert!(loss(29) < 0.2 * loss(0), "{} to {}", loss(0), loss(29));
+    assert!(steps.iter().all(|s| s["grad_norm"].as_f64().unwrap() > 0.0 && s["n_learned"].as_u64().unwrap() > 10));
+    // One step of warm-up, then half a wave to zero.
+    assert_eq!(steps[0]["lr"], 0.0);
+    assert_eq!(steps[1]["lr"], 3e-3);
+
+    let (before, after) = (tensors(&fixture(MODEL)), tensors(&out));
+    assert!(after.keys().all(|name| before[name].len() == after[name].len()));
+    // All but the layers of the tower that LLaVA never runs; a key's bias moves nothing, so that its steps may be lost in bf16.
+    let same: Vec<_> = after.iter().filter(|(name, bytes)| before[*name] == **bytes).map(|(name, _)| name.as_str()).collect();
+    let is_unused = |name: &&str| name.contains("post_layernorm") || name.contains("encoder.layers.4.");
+    assert!(same.iter().all(|name| is_unused(name) || name.ends_with("k_proj.bias")), "{same:?}");
+    assert!(same.iter().filter(|name| is_unused(name)).count() > 10, "{same:?}");
+    let answer = succeed(&[
+        "generate",
+        "--model",
+        out.to_str().unwrap(),
+        "--image",
+        fixture("images/square.png").to_str().unwrap(),
+        "--prompt",
+        "Describe it.",
+        "--temperature",
+        "0",
+        "--template",
+        "v1",
+        "--dtype",
+        "f32",
+    ]);
+    assert_eq!(answer.trim(), "It has four sides.");
+}
+
+/// The projector alone: nothing else changes by a bit.
+#[test]
+fn what_is_not_trained_stays() {
+    let folder = folder();
+    let done =
+        finetune(folder.path(), "out", &["--tune", "projector", "--max-steps", "3", "--epochs", "4", "--grouping", "packed"]);
+    assert!(done.ok, "{}", done.stderr);
+    assert!(done.stdout.starts_with("step 1/3  loss "), "{}", done.stdout);
+    let (before, after) = (tensors(&fixture(MODEL)), tensors(&folder.path().join("out")));
+    for (name, bytes) in &after {
+        assert_eq!(before[name] != *bytes, name.contains("projector"), "{name}");
+    }
+}
+
+/// Neither another number of threads, nor layers that are run again, nor a second run changes a bit.
+#[test]
+fn runs_are_the_same() {
+    let folder = folder();
+    let result = |name: &str, flags: &[&str]| {
+        let done = finetune(
+            folder.path(),
+            name,
+            &[&ALL[..], &["--max-steps", "4", "--epochs", "9", "--grouping", "none"], flags].concat(),
+        );
+        assert!(done.ok, "{}", done.stderr);
+        tensors(&folder.path().join(name))
+    };
+    let expected = result("a", &["--threads", "2"]);
+    assert!(result("b", &["--threads", "2"]) == expected);
+    assert!(result("c", &["--threads", "1"]) == expected);
+    assert!(result("d", &["--recompute", "selective"]) == expected);
+    assert!(result("e", &["--seed", "43"]) != expected);
+}
+
+#[test]
+fn what_cannot_be_done_is_said() {
+    let folder = folder();
+    let fails = |output: &str, flags: &[&str], expected: &[&str]| {
+        let done = finetune(folder.path(), output, flags);
+        assert!(!done.ok && expected.iter().all(|text| done.stderr.contains(text)), "{flags:?}: {}", done.stderr);
+        assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
+    };
+    fails("x", &["--tune", "lora"], &["lora", "projector"]);
+    fails("x", &["--tune", "full", "--tune-vision", "lora"], &["tune_vision", "full"]);
+    fails("x", &["--tune", "full", "--recompute", "none"], &["recompute", "selective"]);
+    fails("x", &["--tune", "full", "--eval-share", "0.5"], &["eval"]);
+    fails("x", &["--tune", "full", "--save-steps", "1", "--epochs", "5"], &["save_steps"]);
+    fails("x", &["--tune", "full", "--lr", "nan"], &["lr"]);
+    assert!(!folder.path().join("x").exists(), "nothing is written before it is known that there is something to write");
+    std::fs::create_dir(folder.path().join("full")).unwrap();
+    std::fs::write(folder.path().join("full/file"), "").unwrap();
+    fails("full", &["--tune", "full", "--epochs", "1"], &["full", "not empty"]);
+    // Numbers that leave all bounds stop the run at a step that is named, and leave no checkpoint.
+    let done = finetune(folder.path(), "nan", &["--tune", "full", "--lr", "1e38", "--max-grad-norm", "0", "--epochs", "9"]);
+    assert!(!done.ok && done.stderr.contains("step "), "{}", done.stderr);
+    assert!(!folder.path().join("nan/config.json").exists());
+}
+
+#[test]
+fn bad_rows_stop_a_run_or_are_left_out() {
+    let folder = folder();
+    let mut rows = rows();
+    rows[3]["image"] = "nowhere.png".into();
+    std::fs::write(folder.path().join("rows.json"), rows.to_string()).unwrap();
+    let with = |output: &str, flags: &[&str]| {
+        let flags = [&["--tune", "projector", "--epochs", "2"], flags].concat();
+        finetune(folder.path(), output, &flags)
+    };
+    let done = with("a", &[]);
+    assert!(!done.ok && done.stderr.contains("row 4 (id d)") && done.stderr.contains("nowhere.png"), "{}", done.stderr);
+    let done = with("b", &["--max-bad-rows", "1"]);
+    assert!(done.ok, "{}", done.stderr);
+    assert_eq!(done.stderr.matches("left out: ").count(), 1, "{}", done.stderr);
+}
+
+/// A batch of rows is what its rows are by themselves: each sees its own pictures and no other row.
+#[test]
+fn losses_of_rows_add_up() {
+    let folder = folder();
+    let steps = |name: &str, batch: &str, accumulation: &str| {
+        let sizes = ["--batch-size", batch, "--accumulation", accumulation, "--lr", "1e-30", "--tune", "projector"];
+        let done = finetune(folder.path(), name, &sizes);
+        assert!(done.ok, "{}", done.stderr);
+        let of = |step: &Value| (step["loss"].as_f64().unwrap(), step["n_learned"].as_f64().unwrap());
+        log(&folder.path().join(name)).iter().map(of).collect::<Vec<_>>()
+    };
+    let rows = steps("rows", "1", "1");
+    assert_eq!(rows.len(), 5);
+    let n_learned: f64 = rows.iter().map(|r| r.1).sum();
+    let whole = steps("whole", "5", "1");
+    let mean = rows.iter().map(|(loss, n)| loss * n).sum::<f64>() / n_learned;
+    assert!((whole[0].0 - mean).abs() < 1e-5 * mean && whole[0].1 == n_learned, "{whole:?} is not the mean of {rows:?}");
+    let accumulated = steps("accumulated", "1", "5");
+    let mean = rows.iter().map(|r| r.0).sum::<f64>() / 5.0;
+    assert!((accumulated[0].0 - mean).abs() < 1e-5 * mean, "{accumulated:?} is not the mean of {rows:?}");
+    // Steps of two and of two batches, and one of what is left.
+    assert_eq!(steps("steps", "1", "2").len(), 3);
+}
