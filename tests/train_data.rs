@@ -13,16 +13,7 @@ use llava_engine::train::config::{Config, PRESETS, SETTINGS};
 use llava_engine::train::data::Dataset;
 use llava_engine::train::schedule::{Decay, Schedule};
 use serde_json::Value;
-use support::{fixture, program};
-
-/// A file of these rows.
-fn rows(text: &str) -> (tempfile::TempDir, RowFile) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("rows.json");
-    fs::write(&path, text).unwrap();
-    let file = RowFile::open(&path, folder.path()).unwrap();
-    (folder, file)
-}
+use support::{fixture, program, rows};
 
 const GOOD: &str = r#"{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}"#;
 
@@ -268,6 +259,9 @@ fn flags_count_more_than_the_file_and_the_file_more_than_the_preset() {
     assert_eq!((c.lr, c.batch_size, c.template.as_deref(), c.preset.as_deref()), (1e-3, 32, None, None));
     assert_eq!(c.template().unwrap().map(Template::name), Some("plain"));
     assert_eq!(resolve("tune = \"full\"", &[]).unwrap().lr, 2e-5);
+    // Where the projector learns alone, the common rate is its own.
+    let c = resolve("tune = \"projector\"", &[("lr", "1e-3")]).unwrap();
+    assert_eq!((c.lr, c.projector_lr), (1e-3, None));
     assert_eq!(resolve("", &[("lr", "1")]).unwrap().lr, 1.0);
     assert_eq!(resolve("lr = 1", &[]).unwrap().lr, 1.0);
     // What is written is what is read.

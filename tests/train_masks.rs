@@ -10,7 +10,7 @@ use llava_engine::model::Slot;
 use llava_engine::text::{Style, Template, Tokenizer};
 use llava_engine::train::mask::{Masked, Masker, Stretch};
 use serde_json::Value;
-use support::fixture;
+use support::{fixture, rows};
 
 fn json(name: &str) -> Value {
     serde_json::from_slice(&fs::read(fixture("masks").join(name)).unwrap()).unwrap()
@@ -322,13 +322,4 @@ fn rows_with_nothing_to_learn_are_errors_of_their_own() {
     assert_eq!(error.fault, Fault::Template);
     assert!(error.error.to_string().contains("template plain"), "{}", error.error);
     assert!(masker(tokenizer, "hf", 99).example(&file.row(0).unwrap()).is_ok());
-}
-
-/// A file of these rows.
-fn rows(text: &str) -> (tempfile::TempDir, RowFile) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("rows.json");
-    fs::write(&path, text).unwrap();
-    let file = RowFile::open(&path, folder.path()).unwrap();
-    (folder, file)
 }

@@ -195,6 +195,15 @@ fn bad_rows_stop_a_run_or_are_left_out() {
     let done = with("b", &["--max-bad-rows", "1"]);
     assert!(done.ok, "{}", done.stderr);
     assert_eq!(done.stderr.matches("left out: ").count(), 1, "{}", done.stderr);
+    // One after the other, in whatever order they come.
+    rows[0]["image"] = "neither.png".into();
+    std::fs::write(folder.path().join("rows.json"), rows.to_string()).unwrap();
+    for seed in ["1", "2", "3", "4"] {
+        let one_by_one = ["--max-bad-rows", "2", "--seed", seed, "--grouping", "none", "--batch-size", "1", "--accumulation", "1"];
+        let done = with(&format!("seed{seed}"), &one_by_one);
+        assert!(done.ok && done.stderr.matches("left out: ").count() == 2, "{}", done.stderr);
+        assert!(done.stderr.contains("nowhere.png") && done.stderr.contains("neither.png"), "{}", done.stderr);
+    }
 }
 
 /// A batch of rows is what its rows are by themselves: each sees its own pictures and no other row.

@@ -31,7 +31,7 @@ use super::common;
   llava-engine finetune --check-data --model llava-hf/llava-1.5-7b-hf --data llava_instruct_80k.json --image-folder coco/train2017
   llava-engine finetune --check-data --preset llava-1.5-pretrain --config run.toml --json
 
-What a flag below says is said by a key of the same name in the file of --config as well (`lr = 2e-4`, `image_folder = \"coco\"`); a flag
+What a flag above says is said by a key of the same name in the file of --config as well (`lr = 2e-4`, `image_folder = \"coco\"`); a flag
 counts more than the file, and the file more than the preset.")]
 pub struct Args {
     /// Checkpoint folder or Hugging Face hub id; the demo model if absent
@@ -186,7 +186,9 @@ fn train(
         last = Some(step);
     }
     trainer.save(folder, output)?;
-    if args.json {
+    if !args.json {
+        eprintln!("llava-engine: written to {}", output.display());
+    } else {
         common::put_json(&json!({"last_step": last, "left_out": n_bad, "output": output.to_string_lossy()}))?;
     }
     Ok(Outcome::Done)

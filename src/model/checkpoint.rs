@@ -204,7 +204,7 @@ impl Checkpoint {
             (None, Some(scheme)) => scheme.to_string(),
             (None, None) => return Ok(()),
         };
-        Err(Error::file(self.weights.root(), format!("is packed already ({what}): quantize the checkpoint that it was made from")))
+        Err(Error::file(self.weights.root(), format!("is packed already ({what}): take the checkpoint that it was made from")))
     }
 
     fn hf(folder: &Folder, keys: &Keys, mut weights: Store) -> Result<Self> {

@@ -171,8 +171,8 @@ impl Block {
         self.down.forward_add(ops, &mut a.x, &a.act)
     }
 
-    #[allow(clippy::too_many_arguments)] // as the equation has them
     /// As [`Block::forward`] of whole sequences without a cache, from x to y; what the way back needs stays in `s`.
+    #[allow(clippy::too_many_arguments)] // as the equation has them
     pub(super) fn forward_saving(
         &self,
         ops: &dyn GradOps,

@@ -48,21 +48,25 @@ pub struct Trainer<'a> {
 struct BadRows {
     /// How many there may be.
     max: usize,
-    /// By their numbers in the set: what is wrong with each.
-    found: BTreeMap<usize, String>,
+    /// Number in the set of each, and what is wrong with it, in the order in which they were met.
+    found: Vec<(usize, String)>,
 }
 
 impl BadRows {
     /// What is made of row `index`; none if that failed and is put up with.
     fn left_out<T>(&mut self, index: usize, result: Result<T>) -> Result<Option<T>> {
-        match result {
-            Ok(value) => Ok(Some(value)),
-            Err(e) if self.found.contains_key(&index) || self.found.len() < self.max => {
-                self.found.insert(index, e.to_string());
-                Ok(None)
-            }
-            Err(e) => Err(e),
+        let error = match result {
+            Ok(value) => return Ok(Some(value)),
+            Err(e) => e,
+        };
+        if self.found.iter().any(|(known, _)| *known == index) {
+            return Ok(None);
         }
+        if self.found.len() == self.max {
+            return Err(error);
+        }
+        self.found.push((index, error.to_string()));
+        Ok(None)
     }
 }
 
@@ -102,7 +106,7 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self> {
         checkpoint.expect_unpacked()?;
         let (trained, recompute) = supported(config)?;
-        let mut bad_rows = BadRows { max: max_bad_rows, found: BTreeMap::new() };
+        let mut bad_rows = BadRows { max: max_bad_rows, found: Vec::new() };
         let lengths = lengths(config, &masker, &data, &mut bad_rows)?;
         let order = Order {
             seed: config.seed,
@@ -185,9 +189,9 @@ impl<'a> Trainer<'a> {
         if self.trained.decoder { self.config.lr } else { self.config.projector_lr.unwrap_or(self.config.lr) }
     }
 
-    /// What is wrong with each row that was left out so far.
+    /// What is wrong with each row that was left out so far, in the order in which they were met.
     pub fn bad_rows(&self) -> impl Iterator<Item = &str> {
-        self.bad_rows.found.values().map(String::as_str)
+        self.bad_rows.found.iter().map(|(_, problem)| problem.as_str())
     }
 
     /// Adds the gradients of a batch of rows.

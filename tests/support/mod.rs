@@ -6,6 +6,7 @@ pub mod program;
 
 use std::path::{Path, PathBuf};
 
+use llava_engine::data::RowFile;
 use llava_engine::device::Device;
 use llava_engine::image::{ImageSource, Limits, RgbImage};
 
@@ -69,4 +70,13 @@ pub fn assert_close(what: &str, got: &[f32], expected: &[f32], bound: Bound) {
 pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum::<f64>();
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
+/// A file of these rows, in a folder of its own.
+pub fn rows(text: &str) -> (tempfile::TempDir, RowFile) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.json");
+    std::fs::write(&path, text).unwrap();
+    let file = RowFile::open(&path, folder.path()).unwrap();
+    (folder, file)
 }
