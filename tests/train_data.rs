@@ -340,8 +340,8 @@ fn differences_are_listed() {
     let there = resolve("data = [\"a\"]\nvision_lr = 1e-6\ntune_vision = \"lora\"", &[]).unwrap();
     let expected =
         ["tune_vision: \"lora\" there, \"off\" here", "lr: 0.0002 there, 0.0001 here", "vision_lr: 0.000001 there, unset here"];
-    assert_eq!(here.differences(&there), expected);
-    assert!(here.differences(&here.clone()).is_empty());
+    assert_eq!(here.differences(&there, &[]), expected);
+    assert!(here.differences(&here.clone(), &[]).is_empty());
 }
 
 /// Pictures and rows of the demo model, one of each fault among them.

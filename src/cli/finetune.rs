@@ -1,7 +1,5 @@
 //! `finetune`: trains a model on rows of conversations, or looks through them.
 
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,8 +12,10 @@ use llava_engine::model::config::Profile;
 use llava_engine::model::save;
 use llava_engine::text::{Style, Template, Tokenizer};
 use llava_engine::train::check::{Report, percentile};
+use llava_engine::train::checkpoint;
 use llava_engine::train::config::{Config, SETTINGS};
 use llava_engine::train::data::Dataset;
+use llava_engine::train::log::Log;
 use llava_engine::train::mask::{Masker, Stretch};
 use llava_engine::train::run::{Step, Trainer};
 use llava_engine::weights::hub::resolve;
@@ -28,6 +28,7 @@ use super::common;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   llava-engine finetune --tune projector --dtype f32 --lr 1e-3 --data rows.json --image-folder pictures --output tuned
+  llava-engine finetune --config run.toml --output tuned --resume
   llava-engine finetune --check-data --model llava-hf/llava-1.5-7b-hf --data llava_instruct_80k.json --image-folder coco/train2017
   llava-engine finetune --check-data --preset llava-1.5-pretrain --config run.toml --json
 
@@ -43,6 +44,12 @@ pub struct Args {
     /// File of settings, TOML
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Goes on with the run whose checkpoints are in --output, if there are any
+    #[arg(long)]
+    resume: bool,
+    /// With --resume: makes no more steps, and writes the model as it is by now
+    #[arg(long, requires = "resume")]
+    write_now: bool,
     /// Looks through the data and trains nothing: shows the first rows with what is learnt of them, counts and names the bad ones
     #[arg(long)]
     check_data: bool,
@@ -157,7 +164,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Trains and writes the result; what was learnt by then if it is stopped.
+/// Trains and writes the result. If it is stopped, it writes a checkpoint.
 fn train(
     args: &Args,
     config: &Config,
@@ -167,31 +174,66 @@ fn train(
     masker: Masker<'_>,
     data: Dataset,
 ) -> Result<Outcome> {
+    if args.resume && output.join("config.json").exists() {
+        // It may have been killed when all was done.
+        eprintln!("llava-engine: this run is complete: its model is in {}", output.display());
+        if args.json {
+            common::put_json(&summary(None, 0, output))?;
+        }
+        return Ok(Outcome::Done);
+    }
     let mut trainer = Trainer::new(config, checkpoint, masker, data, args.threads, args.max_bad_rows)?;
-    save::new_folder(output)?;
-    let log_path = output.join("log.jsonl");
-    let mut log = File::create(&log_path).map_err(|e| Error::io(&log_path, e))?;
-    let stop = Arc::new(AtomicBool::new(false));
+    if args.resume {
+        std::fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
+        checkpoint::tidy(output)?;
+        trainer.resume(output, &mut |note| eprintln!("llava-engine: {}", common::one_line(note)))?;
+        match trainer.progress() {
+            (0, _) if args.write_now => return Err(Error::file(output, "there is no checkpoint to write the model of")),
+            (0, _) => eprintln!("llava-engine: there is no checkpoint in {}: beginning anew", output.display()),
+            (step, n) => eprintln!("llava-engine: going on after step {step} of {n}"),
+        }
+    } else {
+        save::new_folder(output)?;
+    }
+    let stop = Arc::new(AtomicBool::new(args.write_now));
     common::cancel_on_ctrl_c(Arc::clone(&stop));
-    let (mut last, mut n_bad) = (None, 0);
+    let mut log = Log::open(output, trainer.progress().0)?;
+    // Those that the run knew when it was stopped have been named.
+    let mut n_bad = if trainer.progress().0 > 0 { trainer.bad_rows().count() } else { 0 };
     while !stop.load(Ordering::Relaxed) {
         let Some(step) = trainer.step()? else { break };
         trainer.bad_rows().skip(n_bad).for_each(|row| eprintln!("llava-engine: left out: {}", common::one_line(row)));
         n_bad = trainer.bad_rows().count();
-        let line = serde_json::to_string(&step).map_err(|e| Error::file(&log_path, e))?;
-        writeln!(log, "{line}").map_err(|e| Error::io(&log_path, e))?;
         if !args.json && (step.step as u64).is_multiple_of(config.log_steps.max(1)) {
             common::put(&step_line(&step))?;
         }
-        last = Some(step);
+        let (n, is_last) = (step.step as u64, step.step == step.n_steps);
+        log.add(step)?;
+        if !is_last && config.save_steps > 0 && n.is_multiple_of(config.save_steps) {
+            trainer.checkpoint(output)?;
+        }
     }
-    trainer.save(folder, output)?;
-    if !args.json {
-        eprintln!("llava-engine: written to {}", output.display());
+    let (n_done, n_steps) = trainer.progress();
+    let is_stopped = n_done < n_steps && !args.write_now;
+    if is_stopped {
+        if n_done > 0 {
+            trainer.checkpoint(output)?;
+        }
+        eprintln!(
+            "llava-engine: stopped after step {n_done} of {n_steps}: --resume goes on, --resume --write-now writes the model"
+        );
     } else {
-        common::put_json(&json!({"last_step": last, "left_out": n_bad, "output": output.to_string_lossy()}))?;
+        trainer.save(folder, output)?;
+        eprintln!("llava-engine: written to {}", output.display());
     }
-    Ok(Outcome::Done)
+    if args.json {
+        common::put_json(&summary(log.last(), n_bad, output))?;
+    }
+    Ok(if is_stopped { Outcome::Interrupted } else { Outcome::Done })
+}
+
+fn summary(last_step: Option<&Step>, n_bad: usize, output: &Path) -> Value {
+    json!({"last_step": last_step, "left_out": n_bad, "output": output.to_string_lossy()})
 }
 
 fn step_line(step: &Step) -> String {

@@ -5,6 +5,8 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
+
 use super::{Fault, Row, RowError, Written, checked};
 use crate::error::{Error, Result};
 
@@ -15,6 +17,7 @@ pub struct RowFile {
     image_folder: PathBuf,
     file: File,
     spans: Vec<Span>,
+    sha256: [u8; 32],
 }
 
 /// Where a row stands.
@@ -38,7 +41,7 @@ impl RowFile {
     /// a row is said when it is read.
     pub fn open(path: &Path, image_folder: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        let mut scan = Scan::default();
+        let (mut scan, mut hasher) = (Scan::default(), Sha256::new());
         let mut reader = &file;
         let mut chunk = vec![0; CHUNK];
         loop {
@@ -46,6 +49,7 @@ impl RowFile {
             if n == 0 {
                 break;
             }
+            hasher.update(&chunk[..n]);
             for &byte in &chunk[..n] {
                 scan.step(byte).map_err(|problem| Error::file(path, problem))?;
             }
@@ -54,12 +58,17 @@ impl RowFile {
         if spans.is_empty() {
             return Err(Error::file(path, "there are no rows"));
         }
-        Ok(Self { path: path.to_owned(), image_folder: image_folder.to_owned(), file, spans })
+        Ok(Self { path: path.to_owned(), image_folder: image_folder.to_owned(), file, spans, sha256: hasher.finalize().into() })
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// SHA-256 of its bytes.
+    pub fn sha256(&self) -> [u8; 32] {
+        self.sha256
     }
 
     /// How many rows it has.

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::weights::files;
+use crate::weights::write::{copy_whole, write_whole};
 
 /// The only weight file of a folder that is written here.
 pub const WEIGHTS: &str = "model.safetensors";
@@ -44,7 +45,7 @@ pub fn companions(model: &Path, checkpoint: &Checkpoint, output: &Path) -> Resul
         for name in COMPANIONS {
             let (from, to) = (from.join(name), to.join(name));
             if from.is_file() && !to.exists() {
-                fs::copy(&from, &to).map_err(|e| Error::io(&to, e))?;
+                copy_whole(&from, &to)?;
             }
         }
         Ok(())
@@ -53,10 +54,9 @@ pub fn companions(model: &Path, checkpoint: &Checkpoint, output: &Path) -> Resul
     copy(&checkpoint.tokenizer_dir, output)?;
     let Some(tower) = &checkpoint.tower_dir else { return Ok(()) };
     let to = output.join(TOWER);
-    fs::create_dir(&to).map_err(|e| Error::io(&to, e))?;
+    fs::create_dir_all(&to).map_err(|e| Error::io(&to, e))?;
     copy(tower, &to)?;
-    let config = to.join("config.json");
-    fs::copy(tower.join("config.json"), &config).map(|_| ()).map_err(|e| Error::io(&config, e))
+    copy_whole(&tower.join("config.json"), &to.join("config.json"))
 }
 
 /// Writes `config.json`: the old one, with what `change` makes of it. It comes last: a folder without it is no checkpoint.
@@ -74,5 +74,5 @@ pub fn configuration(
     }
     let to = output.join("config.json");
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::file(&to, e))?;
-    fs::write(&to, text + "\n").map_err(|e| Error::io(&to, e))
+    write_whole(&to, (text + "\n").as_bytes())
 }

@@ -250,11 +250,11 @@ impl Config {
         })
     }
 
-    /// What differs from the settings of another run, a line each: `lr: 0.0002 there, 0.0001 here`.
-    pub fn differences(&self, there: &Self) -> Vec<String> {
+    /// What differs from the settings of another run, but for those in `ignored`: `lr: 0.0002 there, 0.0001 here`.
+    pub fn differences(&self, there: &Self, ignored: &[&str]) -> Vec<String> {
         let (here, there) = (self.table(), there.table());
         let value = |table: &Table, key: &str| table.get(key).map_or("unset".to_owned(), Value::to_string);
-        let differing = SETTINGS.iter().filter(|setting| here.get(setting.key) != there.get(setting.key));
+        let differing = SETTINGS.iter().filter(|s| here.get(s.key) != there.get(s.key) && !ignored.contains(&s.key));
         differing.map(|s| format!("{}: {} there, {} here", s.key, value(&there, s.key), value(&here, s.key))).collect()
     }
 

@@ -50,6 +50,11 @@ impl Dataset {
         self.files[file as usize].row(row as usize)
     }
 
+    /// What the files are known by: SHA-256 of each.
+    pub fn hashes(&self) -> impl Iterator<Item = Vec<u8>> + '_ {
+        self.files.iter().map(|file| file.sha256().to_vec())
+    }
+
     /// The file and the number, counted from 1, of a row.
     pub fn place(&self, index: usize) -> (&Path, usize) {
         let (file, row) = self.rows[index];

@@ -2,8 +2,10 @@
 //! ([`sampler`]) and at which learning rate ([`schedule`]); [`optim`] makes the steps of a [`run`]; [`check`] looks through the data before anything is trained.
 
 pub mod check;
+pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod log;
 pub mod mask;
 pub mod optim;
 pub mod run;

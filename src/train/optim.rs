@@ -88,6 +88,26 @@ impl Optimizer {
         Ok(norm)
     }
 
+    /// First and second moment of the parameter `name`; none before its first step.
+    pub fn moments(&self, name: &str) -> Option<[&Tensor; 2]> {
+        self.moments.get(name).map(|Moments { m, v }| [m, v])
+    }
+
+    /// Gives the parameter `name` its moments.
+    pub fn set_moments(&mut self, name: &str, [m, v]: [Tensor; 2]) {
+        self.moments.insert(name.to_owned(), Moments { m, v });
+    }
+
+    /// Steps that were made.
+    pub fn n_steps(&self) -> u64 {
+        self.n_steps
+    }
+
+    /// Says how many steps were made before.
+    pub fn set_n_steps(&mut self, n_steps: u64) {
+        self.n_steps = n_steps;
+    }
+
     fn lr_of(&self, name: &str) -> f64 {
         match name.split('.').next() {
             Some("projector") => self.projector_lr,

@@ -1,8 +1,13 @@
 //! [`Trainer`]: a run, step by step, on the CPU.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Instant;
+
+use super::checkpoint::{self, Place};
 
 use super::config::{AspectRatio, Config, Precision, Tune, TuneVision};
 use super::data::{Dataset, length_in_words};
@@ -42,6 +47,8 @@ pub struct Trainer<'a> {
     n_steps: usize,
     n_done: usize,
     bad_rows: BadRows,
+    /// What rows and model are known by.
+    fingerprints: [String; 2],
 }
 
 /// Rows that were left out.
@@ -71,7 +78,7 @@ impl BadRows {
 }
 
 /// What a step was.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Step {
     /// Its number, counted from 1.
     pub step: usize,
@@ -115,14 +122,12 @@ impl<'a> Trainer<'a> {
             n_accumulated: config.accumulation as usize,
             pack_tokens: if config.pack_tokens > 0 { config.pack_tokens } else { config.max_tokens } as usize,
         };
+        let of_rows = checkpoint::fingerprint(data.hashes());
         let sampler = Sampler::new(order, lengths, Position::default());
         let of_epochs = (config.epochs * sampler.steps_per_epoch() as f64).ceil() as usize;
         let n_steps = if config.max_steps > 0 { of_epochs.min(config.max_steps as usize) } else { of_epochs };
         if n_steps == 0 {
             return Err(Error::usage("there is no step to make: no rows, or no epochs"));
-        }
-        if config.save_steps > 0 && (config.save_steps as usize) < n_steps {
-            return refuse("saving before the end", "save_steps = 0");
         }
         let ops = Cpu::new(n_threads, DType::F32)?;
         let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, None)?;
@@ -150,7 +155,58 @@ impl<'a> Trainer<'a> {
             n_steps,
             n_done: 0,
             bad_rows,
+            fingerprints: [of_rows, of_model(checkpoint)?],
         })
+    }
+
+    /// Steps that are done, and those of the run.
+    pub fn progress(&self) -> (usize, usize) {
+        (self.n_done, self.n_steps)
+    }
+
+    /// Writes a checkpoint of the step that was just made into the folder `output`.
+    ///
+    /// # Errors
+    /// As [`checkpoint::write`].
+    pub fn checkpoint(&mut self, output: &Path) -> Result<()> {
+        let [rows, model] = self.fingerprints.clone();
+        let place = Place {
+            step: self.n_done,
+            n_steps: self.n_steps,
+            position: self.sampler.position(),
+            n_updates: self.optimizer.n_steps(),
+            bad_rows: self.bad_rows.found.clone(),
+            rows,
+            model,
+        };
+        let keep = self.config.keep as usize;
+        checkpoint::write(output, keep, self.config, place, &self.ops, &mut self.model, &self.optimizer)
+    }
+
+    /// Goes on where the newest whole checkpoint in the folder `output` was written, if there is one; what is wrong with newer ones goes to
+    /// `note`.
+    ///
+    /// # Errors
+    /// If that is the checkpoint of another run; the message says what differs.
+    pub fn resume(&mut self, output: &Path, note: &mut dyn FnMut(&str)) -> Result<()> {
+        let Some(found) = checkpoint::newest(output, note)? else { return Ok(()) };
+        let mut differences = self.config.differences(&found.config, MAY_DIFFER);
+        let Place { step, n_steps, position, bad_rows, rows, model, .. } = &found.place;
+        let [of_rows, of_model] = &self.fingerprints;
+        let others =
+            [("other rows", rows != of_rows), ("another model", model != of_model), ("other steps", *n_steps != self.n_steps)];
+        // Those that follow from a setting that differs need no word of their own.
+        let is_explained = !differences.is_empty();
+        differences.extend(others.iter().filter(|(_, differs)| *differs && !is_explained).map(|(what, _)| (*what).to_owned()));
+        if !differences.is_empty() {
+            let step = format!("the checkpoint of step {step} is of another run ({})", differences.join("; "));
+            return Err(Error::file(output, step + ": go on with the settings that it has, or begin anew in a new folder"));
+        }
+        found.restore(&self.ops, &mut self.model, &mut self.optimizer)?;
+        self.sampler.go_to(*position);
+        self.bad_rows.found.clone_from(bad_rows);
+        self.n_done = *step;
+        Ok(())
     }
 
     /// Makes a step; none after the last.
@@ -178,7 +234,10 @@ impl<'a> Trainer<'a> {
         for rows in &batches {
             self.learn(rows, batches.len(), &mut done)?;
         }
-        done.grad_norm = self.optimizer.step(&self.ops, &mut self.model, self.schedule.factor(self.n_done))?;
+        // Where no row could be used there are no gradients, and moments alone would move the parameters.
+        if done.n_learned > 0 {
+            done.grad_norm = self.optimizer.step(&self.ops, &mut self.model, self.schedule.factor(self.n_done))?;
+        }
         self.n_done += 1;
         done.ms = start.elapsed().as_secs_f64() * 1e3;
         Ok(Some(done))
@@ -280,6 +339,28 @@ impl<'a> Trainer<'a> {
         save::companions(model, self.checkpoint, output)?;
         save::configuration(model, self.checkpoint, output, |_| {})
     }
+}
+
+/// Settings that have no influence on the result: a run may go on with others.
+const MAY_DIFFER: &[&str] =
+    &["preset", "data", "image_folder", "output", "recompute", "log_steps", "save_steps", "keep", "eval_data", "eval_steps"];
+
+/// What the files of a model are known by: their sizes, and some pages from all over them.
+fn of_model(checkpoint: &Checkpoint) -> Result<String> {
+    const PAGES: u64 = 64;
+    let files: BTreeSet<_> = checkpoint.weights.entries().map(|entry| entry.file).collect();
+    let pages = |path: &Path| -> io::Result<Vec<u8>> {
+        let (file, mut page) = (File::open(path)?, [0; 4096]);
+        let size = file.metadata()?.len();
+        let mut all = size.to_le_bytes().to_vec();
+        for i in 0..PAGES {
+            let n = file.read_at(&mut page, size / PAGES * i)?;
+            all.extend(&page[..n]);
+        }
+        Ok(all)
+    };
+    let pages = files.iter().map(|path| pages(path).map_err(|e| Error::io(path, e))).collect::<Result<Vec<_>>>()?;
+    Ok(checkpoint::fingerprint(pages))
 }
 
 /// Settings that this version has no code for.

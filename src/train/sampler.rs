@@ -104,6 +104,14 @@ impl Sampler {
         self.position
     }
 
+    /// Goes on at `position`.
+    pub fn go_to(&mut self, position: Position) {
+        if position.epoch != self.position.epoch {
+            self.batches = self.order.batches(&self.lengths, position.epoch);
+        }
+        self.position = position;
+    }
+
     /// Optimizer steps of the epoch at hand; the last may have fewer batches.
     pub fn steps_per_epoch(&self) -> usize {
         self.batches.len().div_ceil(self.order.n_accumulated)

@@ -1,8 +1,9 @@
-//! Writes a safetensors file tensor by tensor, in any order, so that a model larger than memory can be written as it is made.
+//! Writes a safetensors file tensor by tensor, in any order, so that a model larger than memory can be written as it is made; and small
+//! files, each there whole or not at all.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -62,8 +63,7 @@ impl Writer {
         for (place, _) in missing.values_mut() {
             *place += start as u64;
         }
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let temporary = path.with_file_name(format!(".{name}.partial"));
+        let temporary = partial(path);
         let file = File::create(&temporary).map_err(|e| Error::io(&temporary, e))?;
         // From here on, dropping it takes the file away.
         let writer = Self { path: path.to_owned(), temporary, file, missing };
@@ -106,6 +106,50 @@ impl Drop for Writer {
             Err(e) => eprintln!("llava-engine: {} stays behind: {e}", self.temporary.display()),
         }
     }
+}
+
+/// Writes a small file that is there whole or not at all, on the disk when this returns.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be written.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = partial(path);
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    write().map_err(|e| {
+        let _ = fs::remove_file(&temporary); // the first error is the one to tell
+        Error::io(path, e)
+    })
+}
+
+/// Copies a file, which is there whole or not at all.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read or written.
+pub fn copy_whole(from: &Path, to: &Path) -> Result<()> {
+    let temporary = partial(to);
+    fs::copy(from, &temporary).and_then(|_| fs::rename(&temporary, to)).map_err(|e| {
+        let _ = fs::remove_file(&temporary);
+        Error::io(to, e)
+    })
+}
+
+/// Waits until the disk knows of the names in a folder.
+///
+/// # Errors
+/// [`Error::Io`] if it says that it cannot.
+pub fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Error::io(folder, e))
+}
+
+/// What a file is called until it is whole.
+fn partial(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.partial"))
 }
 
 fn stored(dtype: DType) -> Dtype {

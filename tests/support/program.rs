@@ -6,11 +6,16 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-/// Runs the program in a folder that has nothing to do with the checkpoints.
-pub fn llava(args: &[&str]) -> Output {
+/// A run of the program in a folder that has nothing to do with the checkpoints.
+pub fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_llava-engine"));
     command.env_clear().env("HF_HUB_OFFLINE", "1").env("LLAVA_THREADS", "2").current_dir(std::env::temp_dir()).args(args);
-    command.output().unwrap()
+    command
+}
+
+/// Runs the program there.
+pub fn llava(args: &[&str]) -> Output {
+    command(args).output().unwrap()
 }
 
 /// What a run says that must not fail.

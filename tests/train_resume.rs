@@ -1,0 +1,280 @@
+//! Runs of `finetune` that are killed, stopped, or out of disk: each goes on and ends as if nothing had happened, bit for bit.
+
+mod support;
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Instant;
+
+use rand_pcg::Pcg64;
+use rand_pcg::rand_core::Rng;
+use support::finetune::{command, finetune, folder, log, rows, tensors};
+
+/// 9 steps over 3 epochs of all parameters, each saved.
+const RUN: [&str; 14] = [
+    "--tune",
+    "full",
+    "--tune-vision",
+    "full",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "1",
+    "--accumulation",
+    "2",
+    "--save-steps",
+    "1",
+    "--keep",
+    "2",
+];
+const N_STEPS: usize = 9;
+
+fn with(flags: &[&'static str]) -> Vec<&'static str> {
+    [&RUN[..], flags].concat()
+}
+
+/// Steps of which there are checkpoints, and whatever else is there that looks like one.
+fn checkpoints(output: &Path) -> Vec<String> {
+    let names = fs::read_dir(output).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<_> = names.filter(|name| name.contains("checkpoint-")).collect();
+    names.sort();
+    names
+}
+
+/// Asserts that a run has ended as `expected` has.
+fn assert_as(expected: &Path, output: &Path) {
+    assert!(tensors(output) == tensors(expected), "another result");
+    let told = |folder: &Path| {
+        let row = |row: serde_json::Value| (row["step"].clone(), row["loss"].clone(), row["lr"].clone(), row["grad_norm"].clone());
+        log(folder).into_iter().map(row).collect::<Vec<_>>()
+    };
+    assert_eq!(told(output), told(expected));
+}
+
+#[test]
+fn killed_runs_end_as_undisturbed_ones() {
+    let folder = folder();
+    let start = Instant::now();
+    let done = finetune(folder.path(), "whole", &RUN);
+    let whole_run = start.elapsed();
+    assert!(done.ok, "{}", done.stderr);
+    let whole = folder.path().join("whole");
+    assert_eq!((log(&whole).len(), checkpoints(&whole)), (N_STEPS, vec!["checkpoint-7".to_owned(), "checkpoint-8".to_owned()]));
+
+    let mut random = Pcg64::new(1, 2);
+    let (mut n_kills, mut n_resumed) = (0, 0);
+    for run in 0.. {
+        let name = format!("run{run}");
+        let output = folder.path().join(&name);
+        loop {
+            let mut child =
+                command(folder.path(), &name, &with(&["--resume"])).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+            if n_kills < 50 {
+                sleep(whole_run.mul_f64(random.next_u32() as f64 / f64::from(u32::MAX)));
+                n_kills += usize::from(child.try_wait().unwrap().is_none());
+                child.kill().unwrap();
+            }
+            let output = child.wait_with_output().unwrap();
+            let said = String::from_utf8(output.stderr).unwrap();
+            n_resumed += usize::from(said.contains("going on after step"));
+            if output.status.success() {
+                break;
+            }
+            assert_eq!(output.status.code(), None, "{said}");
+        }
+        assert_as(&whole, &output);
+        let left = fs::read_dir(&output).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        assert_eq!(left.filter(|name| name.starts_with('.')).collect::<Vec<_>>(), [""; 0]);
+        fs::remove_dir_all(output).unwrap();
+        if n_kills == 50 {
+            break;
+        }
+    }
+    assert!(n_resumed >= 10, "{n_resumed} of 50 runs had a checkpoint to go on from");
+}
+
+/// A signal lets the step at hand end and saves.
+#[test]
+fn stopped_runs_save_first() {
+    let folder = folder();
+    assert!(finetune(folder.path(), "whole", &with(&["--save-steps", "0"])).ok);
+    for (name, signal) in [("term", "-TERM"), ("int", "-INT")] {
+        let output = folder.path().join(name);
+        // Without checkpoints between steps: what is there then was made for the signal.
+        let mut child = command(folder.path(), name, &with(&["--save-steps", "0"]))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.next().unwrap().unwrap().starts_with("step 1/9"));
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        assert!(lines.by_ref().all(|line| line.is_ok()));
+        let ended = child.wait_with_output().unwrap();
+        let said = String::from_utf8(ended.stderr).unwrap();
+        assert!(ended.status.code() == Some(130) && said.contains("stopped after step") && said.contains("--resume"), "{said}");
+        let n_done = log(&output).len();
+        assert!(n_done < N_STEPS, "the run was over before the signal came");
+        assert_eq!(checkpoints(&output), [format!("checkpoint-{n_done}")]);
+        assert!(!output.join("config.json").exists());
+        if name == "int" {
+            // The model as it is by then.
+            let done = finetune(folder.path(), name, &with(&["--save-steps", "0", "--resume", "--write-now"]));
+            assert!(done.ok && log(&output).len() == n_done, "{}", done.stderr);
+            assert!(tensors(&output) != tensors(&folder.path().join("whole")));
+            continue;
+        }
+        let done = finetune(folder.path(), name, &with(&["--save-steps", "0", "--resume"]));
+        assert!(done.ok && done.stderr.contains(&format!("going on after step {n_done} of 9")), "{}", done.stderr);
+        assert_as(&folder.path().join("whole"), &output);
+        let again = finetune(folder.path(), name, &with(&["--resume"]));
+        assert!(again.ok && again.stderr.contains("complete"), "{}", again.stderr);
+    }
+    let done = finetune(folder.path(), "none", &with(&["--resume", "--write-now"]));
+    assert!(!done.ok && done.stderr.contains("no checkpoint"), "{}", done.stderr);
+}
+
+/// A run as a kill would leave it, after `step` steps that were saved.
+fn cut_off(folder: &Path, name: &str) -> std::path::PathBuf {
+    let done = finetune(folder, name, &RUN);
+    assert!(done.ok, "{}", done.stderr);
+    let output = folder.join(name);
+    fs::remove_file(output.join("config.json")).unwrap();
+    fs::remove_file(output.join("model.safetensors")).unwrap();
+    output
+}
+
+#[test]
+fn broken_checkpoints_are_passed_over() {
+    let folder = folder();
+    assert!(finetune(folder.path(), "whole", &RUN).ok);
+    let output = cut_off(folder.path(), "run");
+    fs::create_dir(output.join(".checkpoint-9.partial")).unwrap();
+    fs::create_dir_all(output.join(".checkpoint-3.old/dir")).unwrap();
+    let resume = || finetune(folder.path(), "run", &with(&["--resume"]));
+    let state = output.join("checkpoint-8/state.safetensors");
+    let bytes = fs::read(&state).unwrap();
+    let flipped: Vec<u8> = bytes.iter().enumerate().map(|(i, b)| if i == bytes.len() - 9 { b ^ 4 } else { *b }).collect();
+    for broken in [&flipped[..], &bytes[..1000], &[]] {
+        fs::write(&state, broken).unwrap();
+        let done = resume();
+        assert!(done.ok && done.stderr.contains("going on after step 7 of 9"), "{}", done.stderr);
+        assert!(done.stderr.contains("state.safetensors: is not what was written"), "{}", done.stderr);
+        assert_as(&folder.path().join("whole"), &output);
+        assert_eq!(checkpoints(&output), ["checkpoint-7", "checkpoint-8"]);
+        assert!(fs::read(&state).unwrap() == bytes, "the broken one was not replaced");
+        fs::remove_file(output.join("config.json")).unwrap();
+    }
+    // One that is broken does not count among those that are kept.
+    let sparse = |flags: &[&'static str]| finetune(folder.path(), "sparse", &[&RUN[..10], flags].concat());
+    let output_of_sparse = folder.path().join("sparse");
+    assert!(sparse(&["--save-steps", "4", "--keep", "2"]).ok);
+    assert_eq!(checkpoints(&output_of_sparse), ["checkpoint-4", "checkpoint-8"]);
+    fs::remove_file(output_of_sparse.join("config.json")).unwrap();
+    fs::write(output_of_sparse.join("checkpoint-8/settings.toml"), "lr = 1").unwrap();
+    assert!(sparse(&["--save-steps", "3", "--keep", "1", "--resume"]).ok);
+    assert_eq!(checkpoints(&output_of_sparse), ["checkpoint-6"]);
+
+    for step in [7, 8] {
+        fs::write(output.join(format!("checkpoint-{step}/manifest.json")), "{").unwrap();
+    }
+    let done = resume();
+    assert!(!done.ok && done.stderr.contains("manifest.json"), "{}", done.stderr);
+}
+
+#[test]
+fn another_run_is_not_gone_on_with() {
+    let folder = folder();
+    let output = cut_off(folder.path(), "run");
+    let fails = |flags: &[&'static str], expected: &[&str]| {
+        let done = finetune(folder.path(), "run", &with(&[&["--resume"], flags].concat()));
+        assert!(!done.ok && expected.iter().all(|text| done.stderr.contains(text)), "{flags:?}: {}", done.stderr);
+    };
+    fails(&["--lr", "1e-3", "--seed", "7"], &["step 8", "lr: 0.003 there, 0.001 here", "seed: 42 there, 7 here"]);
+    fails(&["--epochs", "4"], &["epochs: 3.0 there, 4.0 here"]);
+    fails(&["--tune-vision", "off"], &["tune_vision"]);
+    let other = support::fixture("checkpoints/hf_mha_f32").into_os_string().into_string().unwrap();
+    fails(&["--model", other.leak()], &["another model"]);
+    let mut other_rows = rows();
+    other_rows[4]["conversations"][0]["value"] = "Say it.".into();
+    fs::write(folder.path().join("rows.json"), other_rows.to_string()).unwrap();
+    fails(&[], &["other rows"]);
+    fs::write(folder.path().join("rows.json"), rows().to_string()).unwrap();
+    // A new run does not begin where another is.
+    let done = finetune(folder.path(), "run", &RUN);
+    assert!(!done.ok && done.stderr.contains("not empty"), "{}", done.stderr);
+    // What has no influence may be another.
+    let done = finetune(folder.path(), "run", &with(&["--resume", "--log-steps", "2", "--keep", "1", "--recompute", "selective"]));
+    assert!(done.ok, "{}", done.stderr);
+    assert_eq!(log(&output).len(), N_STEPS);
+}
+
+/// A row that was left out stays so, is named once and counted once.
+#[test]
+fn bad_rows_are_remembered() {
+    let folder = folder();
+    let mut rows = rows();
+    rows[3]["image"] = "nowhere.png".into();
+    fs::write(folder.path().join("rows.json"), rows.to_string()).unwrap();
+    let flags = ["--max-bad-rows", "1", "--json"];
+    let whole = finetune(folder.path(), "run", &with(&flags));
+    assert!(whole.ok && whole.stderr.matches("nowhere.png").count() == 1, "{}", whole.stderr);
+    let output = folder.path().join("run");
+    fs::remove_file(output.join("config.json")).unwrap();
+    let resumed = finetune(folder.path(), "run", &with(&[&flags[..], &["--resume"]].concat()));
+    assert!(resumed.ok && !resumed.stderr.contains("nowhere.png"), "{}", resumed.stderr);
+    let left_out = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap()["left_out"].clone();
+    assert_eq!((left_out(&whole.stdout), left_out(&resumed.stdout)), (1.into(), 1.into()));
+}
+
+/// A disk that is full, and a limit on the size of files: an error that names the file; the checkpoint before it serves.
+#[test]
+fn a_full_disk_costs_steps_and_no_more() {
+    let folder = folder();
+    assert!(finetune(folder.path(), "whole", &RUN).ok);
+    let state = fs::metadata(folder.path().join("whole/checkpoint-8/state.safetensors")).unwrap().len();
+    let room = folder.path().join("room");
+    fs::create_dir(&room).unwrap();
+    let shell = |before: &str, after: &str, flags: &[&'static str]| {
+        let run = command(folder.path(), "room/run", &with(flags));
+        let program = run.get_program().to_str().unwrap().to_owned();
+        let words = run.get_args().map(|word| format!("'{}'", word.to_str().unwrap()));
+        let line = std::iter::once(program).chain(words).collect::<Vec<_>>().join(" ");
+        let mut shell = Command::new(if before.contains("mount") { "unshare" } else { "sh" });
+        if before.contains("mount") {
+            shell.args(["--user", "--map-root-user", "--mount", "sh"]);
+        }
+        let output =
+            shell.args(["-c", &format!("{before}\n{line}; echo code $?; {after}")]).env("LLAVA_THREADS", "2").output().unwrap();
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let run = room.join("run");
+    // Not even one checkpoint may be written.
+    let limit = format!("trap '' XFSZ; ulimit -f {}", state / 512 / 2);
+    let (out, message) = shell(&limit, "", &[]);
+    assert!(out.contains("code 1") && message.contains("state.safetensors") && message.contains("too large"), "{out} {message}");
+    assert_eq!(checkpoints(&run), [""; 0]);
+    assert!(finetune(folder.path(), "room/run", &with(&["--resume"])).ok);
+    assert_as(&folder.path().join("whole"), &run);
+    fs::remove_dir_all(&run).unwrap();
+    // One fits, and the next does not. It goes on where there is room.
+    let (size, kept) = (state * 3 / 2 / 1024, folder.path().join("kept"));
+    let mount = format!("mount -t tmpfs -o size={size}k none '{}' || exit 99", room.display());
+    let keep = format!("cp -r '{}' '{}'", run.display(), kept.display());
+    let (out, message) = shell(&mount, &keep, &[]);
+    if out.is_empty() {
+        println!("skipped: no small disk may be mounted here: {message}");
+        return;
+    }
+    assert!(
+        out.contains("code 1") && message.contains("state.safetensors") && message.contains("No space left"),
+        "{out} {message}"
+    );
+    assert_eq!(checkpoints(&kept), ["checkpoint-1"]);
+    let done = finetune(folder.path(), "kept", &with(&["--resume"]));
+    assert!(done.ok && done.stderr.contains("going on after step 1 of 9"), "{}", done.stderr);
+    assert_as(&folder.path().join("whole"), &kept);
+}
