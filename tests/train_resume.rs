@@ -52,6 +52,9 @@ fn assert_as(expected: &Path, output: &Path) {
         log(folder).into_iter().map(row).collect::<Vec<_>>()
     };
     assert_eq!(told(output), told(expected));
+    // As many events, one of which is another size where the speed of a step is.
+    let events = |folder: &Path| fs::metadata(folder.join("tensorboard/events.out.tfevents")).unwrap().len();
+    assert_eq!(events(output), events(expected));
 }
 
 #[test]

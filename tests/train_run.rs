@@ -22,6 +22,16 @@ fn a_model_learns_its_rows_and_is_written_in_its_layout() {
     assert_eq!(steps.len(), 30);
     assert!(loss(29) < 0.2 * loss(0), "{} to {}", loss(0), loss(29));
     assert!(steps.iter().all(|s| s["grad_norm"].as_f64().unwrap() > 0.0 && s["n_learned"].as_u64().unwrap() > 10));
+    let svg = std::fs::read_to_string(out.join("loss.svg")).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("smoothed") && !svg.contains("NaN"), "{svg}");
+    // A file of events: its version, and one for each step.
+    let events = std::fs::read(out.join("tensorboard/events.out.tfevents")).unwrap();
+    let (mut at, mut n_events) = (0, 0);
+    while at < events.len() {
+        at += 16 + u64::from_le_bytes(events[at..at + 8].try_into().unwrap()) as usize;
+        n_events += 1;
+    }
+    assert_eq!((at, n_events), (events.len(), 31));
     // One step of warm-up, then half a wave to zero.
     assert_eq!(steps[0]["lr"], 0.0);
     assert_eq!(steps[1]["lr"], 3e-3);

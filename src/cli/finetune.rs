@@ -15,7 +15,7 @@ use llava_engine::train::check::{Report, percentile};
 use llava_engine::train::checkpoint;
 use llava_engine::train::config::{Config, SETTINGS};
 use llava_engine::train::data::Dataset;
-use llava_engine::train::log::Log;
+use llava_engine::train::log::{Log, Row};
 use llava_engine::train::mask::{Masker, Stretch};
 use llava_engine::train::run::{Step, Trainer};
 use llava_engine::weights::hub::resolve;
@@ -197,6 +197,7 @@ fn train(
     }
     let stop = Arc::new(AtomicBool::new(args.write_now));
     common::cancel_on_ctrl_c(Arc::clone(&stop));
+    let mut peak = None;
     let mut log = Log::open(output, trainer.progress().0)?;
     // Those that the run knew when it was stopped have been named.
     let mut n_bad = if trainer.progress().0 > 0 { trainer.bad_rows().count() } else { 0 };
@@ -204,11 +205,16 @@ fn train(
         let Some(step) = trainer.step()? else { break };
         trainer.bad_rows().skip(n_bad).for_each(|row| eprintln!("llava-engine: left out: {}", common::one_line(row)));
         n_bad = trainer.bad_rows().count();
+        // Measuring takes a second or two.
+        if peak.is_none() && (step.n_steps - step.step) as f64 * step.ms > LONG_MS {
+            peak = Some(trainer.measure_peak()?);
+        }
+        let mfu = peak.map(|peak| step.tflop / step.ms / peak).filter(|share| share.is_finite());
         if !args.json && (step.step as u64).is_multiple_of(config.log_steps.max(1)) {
-            common::put(&step_line(&step))?;
+            common::put(&step_line(&step, mfu))?;
         }
         let (n, is_last) = (step.step as u64, step.step == step.n_steps);
-        log.add(step)?;
+        log.add(step, mfu, None)?;
         if !is_last && config.save_steps > 0 && n.is_multiple_of(config.save_steps) {
             trainer.checkpoint(output)?;
         }
@@ -223,6 +229,7 @@ fn train(
             "llava-engine: stopped after step {n_done} of {n_steps}: --resume goes on, --resume --write-now writes the model"
         );
     } else {
+        log.draw()?;
         trainer.save(folder, output)?;
         eprintln!("llava-engine: written to {}", output.display());
     }
@@ -232,15 +239,24 @@ fn train(
     Ok(if is_stopped { Outcome::Interrupted } else { Outcome::Done })
 }
 
-fn summary(last_step: Option<&Step>, n_bad: usize, output: &Path) -> Value {
+/// A run this long is worth a measurement of what the device can do, in ms.
+const LONG_MS: f64 = 60e3;
+
+fn summary(last_step: Option<&Row>, n_bad: usize, output: &Path) -> Value {
     json!({"last_step": last_step, "left_out": n_bad, "output": output.to_string_lossy()})
 }
 
-fn step_line(step: &Step) -> String {
+fn step_line(step: &Step, mfu: Option<f64>) -> String {
     let Step { step, n_steps, loss, lr, grad_norm, n_tokens, ms, .. } = step;
     let left = (n_steps - step) as f64 * ms / 1e3;
     let speed = *n_tokens as f64 / ms * 1e3;
-    format!("step {step}/{n_steps}  loss {loss:.4}  lr {lr:.2e}  grad norm {grad_norm:.3}  {speed:.0} tokens/s  {left:.0} s left\n")
+    let mfu = mfu.map_or(String::new(), |mfu| format!("MFU {:.0} %  ", 100.0 * mfu));
+    let left = match left as u64 {
+        s @ 0..100 => format!("{s} s"),
+        s @ 100..6000 => format!("{} min", s / 60),
+        s => format!("{:.1} h", s as f64 / 3600.0),
+    };
+    format!("step {step}/{n_steps}  loss {loss:.4}  lr {lr:.2e}  grad norm {grad_norm:.3}  {speed:.0} tokens/s  {mfu}{left} left\n")
 }
 
 /// Bad rows that are named one by one, for people.

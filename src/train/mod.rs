@@ -4,10 +4,13 @@
 pub mod check;
 pub mod checkpoint;
 pub mod config;
+pub mod curve;
 pub mod data;
+pub mod flops;
 pub mod log;
 pub mod mask;
 pub mod optim;
 pub mod run;
 pub mod sampler;
 pub mod schedule;
+pub mod tensorboard;

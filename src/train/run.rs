@@ -11,6 +11,7 @@ use super::checkpoint::{self, Place};
 
 use super::config::{AspectRatio, Config, Precision, Tune, TuneVision};
 use super::data::{Dataset, length_in_words};
+use super::flops::{Size, model_flops};
 use super::mask::Masker;
 use super::optim::Optimizer;
 use super::sampler::{Grouping, Length, Order, Position, Sampler};
@@ -94,6 +95,8 @@ pub struct Step {
     pub n_tokens: usize,
     /// Tokens that were learned.
     pub n_learned: usize,
+    /// What its arithmetic comes to ([`model_flops`]), in TFLOP.
+    pub tflop: f64,
     /// How long it took, in ms.
     pub ms: f64,
 }
@@ -164,6 +167,14 @@ impl<'a> Trainer<'a> {
         (self.n_done, self.n_steps)
     }
 
+    /// The most that the device does at a time, measured now, in TFLOP a ms; NaN if it has no measure.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn measure_peak(&self) -> Result<f64> {
+        Ok(self.ops.measure_peaks()?.limit_gflops(DType::F32).map_or(f64::NAN, |gflops| gflops / 1e6))
+    }
+
     /// Writes a checkpoint of the step that was just made into the folder `output`.
     ///
     /// # Errors
@@ -228,6 +239,7 @@ impl<'a> Trainer<'a> {
             grad_norm: 0.0,
             n_tokens: 0,
             n_learned: 0,
+            tflop: 0.0,
             ms: 0.0,
         };
         let batches = self.sampler.next_step();
@@ -293,6 +305,8 @@ impl<'a> Trainer<'a> {
         let scale = 1.0 / (n_learned * n_batches) as f64;
         let sum = self.model.gradients(&self.ops, tape, pixels.as_ref(), &batch, scale as f32)?;
         done.loss += sum * scale;
+        done.tflop +=
+            model_flops(&self.checkpoint.config, self.trained, &Size { lengths, n_images: images.len(), n_learned }) / 1e12;
         done.n_tokens += slots.len();
         done.n_learned += n_learned;
         Ok(())
