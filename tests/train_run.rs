@@ -5,7 +5,7 @@ mod support;
 use serde_json::Value;
 use support::finetune::{MODEL, finetune, folder, log, rows, tensors};
 use support::fixture;
-use support::program::succeed;
+use support::program::{break_weight, copy_dir, succeed};
 
 const ALL: [&str; 4] = ["--tune", "full", "--tune-vision", "full"];
 
@@ -75,7 +75,7 @@ fn what_is_not_trained_stays() {
     }
 }
 
-/// Neither another number of threads, nor layers that are run again, nor a second run changes a bit.
+/// Neither another number of threads, nor layers that are run again, nor evaluation, nor a second run changes a bit.
 #[test]
 fn runs_are_the_same() {
     let folder = folder();
@@ -93,6 +93,8 @@ fn runs_are_the_same() {
     assert!(result("c", &["--threads", "1"]) == expected);
     assert!(result("d", &["--recompute", "selective"]) == expected);
     assert!(result("e", &["--seed", "43"]) != expected);
+    let file = folder.path().join("rows.json").into_os_string().into_string().unwrap();
+    assert!(result("f", &["--eval-data", &file, "--eval-steps", "1"]) == expected, "evaluation teaches");
 }
 
 #[test]
@@ -106,16 +108,25 @@ fn what_cannot_be_done_is_said() {
     fails("x", &["--tune", "lora"], &["lora", "projector"]);
     fails("x", &["--tune", "full", "--tune-vision", "lora"], &["tune_vision", "full"]);
     fails("x", &["--tune", "full", "--recompute", "none"], &["recompute", "selective"]);
-    fails("x", &["--tune", "full", "--eval-share", "0.5"], &["eval"]);
+    fails("x", &["--tune", "full", "--eval-share", "0.01"], &["eval_share", "none"]);
+    fails("x", &["--tune", "full", "--eval-data", "nowhere.json"], &["nowhere.json"]);
     fails("x", &["--tune", "full", "--lr", "nan"], &["lr"]);
     assert!(!folder.path().join("x").exists(), "nothing is written before it is known that there is something to write");
     std::fs::create_dir(folder.path().join("full")).unwrap();
     std::fs::write(folder.path().join("full/file"), "").unwrap();
     fails("full", &["--tune", "full", "--epochs", "1"], &["full", "not empty"]);
     // Numbers that leave all bounds stop the run at a step that is named, and leave no checkpoint.
-    let done = finetune(folder.path(), "nan", &["--tune", "full", "--lr", "1e38", "--max-grad-norm", "0", "--epochs", "9"]);
-    assert!(!done.ok && done.stderr.contains("step "), "{}", done.stderr);
+    let flags = ["--tune", "full", "--lr", "1e38", "--max-grad-norm", "0", "--epochs", "9", "--save-steps", "1"];
+    let done = finetune(folder.path(), "nan", &flags);
+    assert!(!done.ok && done.stderr.contains("step 3, ") && done.stderr.contains("finite"), "{}", done.stderr);
     assert!(!folder.path().join("nan/config.json").exists());
+    assert!(folder.path().join("nan/checkpoint-2/manifest.json").exists(), "the last checkpoint stays");
+    // Layers are named from the front, counted from 0.
+    let model = folder.path().join("broken");
+    copy_dir(&fixture("checkpoints/hf_mha_f32"), &model);
+    break_weight(&model, "language_model.model.layers.1.mlp.down_proj.weight");
+    let done = finetune(folder.path(), "layer", &["--tune", "projector", "--model", model.to_str().unwrap()]);
+    assert!(!done.ok && done.stderr.contains("step 1, decoder layer 1: the loss is NaN"), "{}", done.stderr);
 }
 
 #[test]
@@ -144,13 +155,41 @@ fn bad_rows_stop_a_run_or_are_left_out() {
     }
 }
 
+/// Rows that are held out are not learnt, and say when a model only remembers.
+#[test]
+fn held_out_rows_are_not_learnt() {
+    let folder = folder();
+    let flags = [&ALL[..], &["--eval-share", "0.4", "--eval-steps", "10", "--epochs", "60", "--batch-size", "3"]].concat();
+    let done = finetune(folder.path(), "out", &flags);
+    assert!(done.ok && done.stdout.contains("of the rows to evaluate by"), "{} {}", done.stdout, done.stderr);
+    let steps = log(&folder.path().join("out"));
+    let last = steps.last().unwrap();
+    assert!(last["loss"].as_f64().unwrap() < 0.1 && last["eval_loss"].as_f64().unwrap() > 1.0, "{last}");
+    assert_eq!(steps.iter().filter(|row| row["eval_loss"].is_number()).count(), 6);
+    // One that cannot be used is found before the first step.
+    let mut rows = rows();
+    rows.as_array_mut()
+        .unwrap()
+        .iter_mut()
+        .filter(|row| row["image"].is_string())
+        .for_each(|row| row["image"] = "nowhere.png".into());
+    std::fs::write(folder.path().join("bad.json"), rows.to_string()).unwrap();
+    let bad = folder.path().join("bad.json").into_os_string().into_string().unwrap();
+    let flags = ["--tune", "projector", "--eval-data", &bad, "--max-bad-rows"];
+    let done = finetune(folder.path(), "bad", &[&flags[..], &["2"]].concat());
+    assert!(!done.ok && done.stdout.is_empty() && done.stderr.contains("nowhere.png"), "{}", done.stderr);
+    let done = finetune(folder.path(), "put_up_with", &[&flags[..], &["3"]].concat());
+    assert!(done.ok && done.stderr.matches("left out: ").count() == 3, "{}", done.stderr);
+}
+
 /// A batch of rows is what its rows are by themselves: each sees its own pictures and no other row.
 #[test]
 fn losses_of_rows_add_up() {
     let folder = folder();
+    let file = folder.path().join("rows.json").into_os_string().into_string().unwrap();
     let steps = |name: &str, batch: &str, accumulation: &str| {
         let sizes = ["--batch-size", batch, "--accumulation", accumulation, "--lr", "1e-30", "--tune", "projector"];
-        let done = finetune(folder.path(), name, &sizes);
+        let done = finetune(folder.path(), name, &[&sizes[..], &["--eval-data", &file, "--eval-steps", "2"]].concat());
         assert!(done.ok, "{}", done.stderr);
         let of = |step: &Value| (step["loss"].as_f64().unwrap(), step["n_learned"].as_f64().unwrap());
         log(&folder.path().join(name)).iter().map(of).collect::<Vec<_>>()
@@ -161,6 +200,14 @@ fn losses_of_rows_add_up() {
     let whole = steps("whole", "5", "1");
     let mean = rows.iter().map(|(loss, n)| loss * n).sum::<f64>() / n_learned;
     assert!((whole[0].0 - mean).abs() < 1e-5 * mean && whole[0].1 == n_learned, "{whole:?} is not the mean of {rows:?}");
+    // So are those that a model is evaluated by, whatever the batches; after each second step and the last.
+    for (name, evaluated) in [("rows", &[2, 4, 5][..]), ("whole", &[1])] {
+        let rows = log(&folder.path().join(name));
+        let found = rows.iter().filter_map(|row| Some((row["step"].as_u64()?, row["eval_loss"].as_f64()?)));
+        let found: Vec<_> = found.collect();
+        assert_eq!(found.iter().map(|(step, _)| *step).collect::<Vec<_>>(), evaluated);
+        assert!(found.iter().all(|(_, loss)| (loss - mean).abs() < 1e-5 * mean), "{found:?} is not {mean}");
+    }
     let accumulated = steps("accumulated", "1", "5");
     let mean = rows.iter().map(|r| r.0).sum::<f64>() / 5.0;
     assert!((accumulated[0].0 - mean).abs() < 1e-5 * mean, "{accumulated:?} is not the mean of {rows:?}");

@@ -214,7 +214,12 @@ fn train(
             common::put(&step_line(&step, mfu))?;
         }
         let (n, is_last) = (step.step as u64, step.step == step.n_steps);
-        log.add(step, mfu, None)?;
+        let is_evaluated = is_last || config.eval_steps > 0 && n.is_multiple_of(config.eval_steps);
+        let eval_loss = if is_evaluated { trainer.evaluate()? } else { None };
+        if let Some(loss) = eval_loss.filter(|_| !args.json) {
+            common::put(&format!("step {n}: loss {loss:.4} of the rows to evaluate by\n"))?;
+        }
+        log.add(step, mfu, eval_loss)?;
         if !is_last && config.save_steps > 0 && n.is_multiple_of(config.save_steps) {
             trainer.checkpoint(output)?;
         }

@@ -98,6 +98,16 @@ impl Stack {
         }
     }
 
+    /// The first of `hidden` that holds a number that is not finite.
+    pub fn first_not_finite(&self, ops: &dyn Ops) -> Result<Option<usize>> {
+        for (i, hidden) in self.hidden.iter().enumerate() {
+            if ops.download(hidden)?.iter().any(|x| !x.is_finite()) {
+                return Ok(Some(i));
+            }
+        }
+        Ok(None)
+    }
+
     /// Layers.
     pub fn n_layers(&self) -> usize {
         self.hidden.len() - 1

@@ -8,6 +8,7 @@ use super::clip::Clip;
 use super::config::LlavaConfig;
 use super::llama::Llama;
 use super::llava::{Llava, Slot, splice};
+use super::projector::ProjectorSaved;
 use super::stage::Ctx;
 use super::tape::{Recompute, Stack, Widths};
 use crate::dtype::DType;
@@ -158,7 +159,7 @@ impl Llava {
     /// `pixels` are those of the pictures whose features the slots name, in order.
     ///
     /// # Errors
-    /// If the batch's parts do not fit together.
+    /// If the batch's parts do not fit together; if the loss is not finite: the first layer that is at fault is named.
     pub fn gradients(
         &mut self,
         ops: &dyn GradOps,
@@ -168,7 +169,58 @@ impl Llava {
         scale: f32,
     ) -> Result<f64> {
         let spans = batch.spans()?;
+        let projected = self.forward_saving(ops, tape, pixels, batch, &spans)?;
         let Tape { decoder, vision, embeds, head, .. } = tape;
+        let learned = batch.learned();
+        let loss = self.llama.loss(ops, decoder, head, &learned, Some(scale)).map_err(|e| e.within("decoder head"))?;
+        if !loss.is_finite() {
+            let place = not_finite(ops, vision.as_ref(), decoder)?;
+            let problem = format!("the loss is {loss}, and here is where numbers stop being finite: take a lower learning rate");
+            return Err(Error::Check { place, problem });
+        }
+        self.llama.backward(ops, decoder, &spans)?;
+
+        let Positions { ids, text, images } = Positions::of(batch.slots);
+        let exchanged =
+            |copies: &[RowCopy]| copies.iter().map(|c| RowCopy { dst: c.src, src: c.dst, n_rows: c.n_rows }).collect::<Vec<_>>();
+        if let Some(d_table) = &mut self.llama.embedding_grad {
+            embeds.set_rows(ids.len());
+            ops.copy_rows(embeds, &decoder.d_x, &exchanged(&text))?;
+            ops.embed_backward(d_table, embeds, &ids)?;
+        }
+        let Some(projected) = projected else { return Ok(loss) };
+        let mut d_features = ops.alloc(projected.features().shape(), ops.activation_dtype())?;
+        ops.add_rows(&mut d_features, &decoder.d_x, &exchanged(&images))?;
+        let d_selected =
+            self.projector.backward(ops, &projected, d_features, vision.is_some()).map_err(|e| e.within("projector"))?;
+        if let (Some(vision), Some(d_selected)) = (vision, d_selected) {
+            let n_images = pixels.map_or(0, Tensor::rows);
+            ops.clear(&mut vision.stack.d_x)?;
+            ops.add_rows(&mut vision.stack.d_x, &d_selected, &exchanged(&self.selection(0, n_images)))?;
+            self.clip.backward(ops, vision, n_images).map_err(|e| e.within("vision tower"))?;
+        }
+        Ok(loss)
+    }
+
+    /// The sum of the losses of all tokens to be learned, in nats. Nothing learns.
+    ///
+    /// # Errors
+    /// As [`Self::gradients`], but for a loss that is not finite.
+    pub fn loss(&mut self, ops: &dyn GradOps, tape: &mut Tape, pixels: Option<&Tensor>, batch: &Batch<'_>) -> Result<f64> {
+        self.forward_saving(ops, tape, pixels, batch, &batch.spans()?)?;
+        self.llama.loss(ops, &mut tape.decoder, &mut tape.head, &batch.learned(), None).map_err(|e| e.within("decoder head"))
+    }
+
+    /// All but the head: leaves the last hidden states in `tape.decoder`. Returns what the projector keeps, if there are pictures.
+    fn forward_saving(
+        &self,
+        ops: &dyn GradOps,
+        tape: &mut Tape,
+        pixels: Option<&Tensor>,
+        batch: &Batch<'_>,
+        spans: &[Span<'_>],
+    ) -> Result<Option<ProjectorSaved>> {
+        let Tape { decoder, vision, embeds, .. } = tape;
         decoder.set_tokens(batch.slots.len());
 
         let n_images = pixels.map_or(0, Tensor::rows);
@@ -185,8 +237,7 @@ impl Llava {
         };
         let projected = projected.map(|selected| self.projector.forward_saving(ops, selected)).transpose()?;
 
-        let ids: Vec<u32> = batch.slots.iter().filter_map(|s| if let Slot::Token(id) = s { Some(*id) } else { None }).collect();
-        let (text, images) = splice(batch.slots);
+        let Positions { ids, text, images } = Positions::of(batch.slots);
         embeds.set_rows(ids.len());
         ops.embed(embeds, &self.llama.embedding, &ids)?;
         ops.copy_rows(&mut decoder.hidden[0], embeds, &text)?;
@@ -195,28 +246,38 @@ impl Llava {
             ops.copy_rows(&mut decoder.hidden[0], projected.features(), &images)?;
         }
 
-        self.llama.forward_saving(ops, decoder, &spans)?;
-        let loss = self.llama.loss(ops, decoder, head, &batch.learned(), scale).map_err(|e| e.within("decoder head"))?;
-        self.llama.backward(ops, decoder, &spans)?;
-
-        let exchanged =
-            |copies: &[RowCopy]| copies.iter().map(|c| RowCopy { dst: c.src, src: c.dst, n_rows: c.n_rows }).collect::<Vec<_>>();
-        if let Some(d_table) = &mut self.llama.embedding_grad {
-            ops.copy_rows(embeds, &decoder.d_x, &exchanged(&text))?;
-            ops.embed_backward(d_table, embeds, &ids)?;
-        }
-        let Some(projected) = projected else { return Ok(loss) };
-        let mut d_features = ops.alloc(projected.features().shape(), ops.activation_dtype())?;
-        ops.add_rows(&mut d_features, &decoder.d_x, &exchanged(&images))?;
-        let d_selected =
-            self.projector.backward(ops, &projected, d_features, vision.is_some()).map_err(|e| e.within("projector"))?;
-        if let (Some(vision), Some(d_selected)) = (vision, d_selected) {
-            ops.clear(&mut vision.stack.d_x)?;
-            ops.add_rows(&mut vision.stack.d_x, &d_selected, &exchanged(&self.selection(0, n_images)))?;
-            self.clip.backward(ops, vision, n_images).map_err(|e| e.within("vision tower"))?;
-        }
-        Ok(loss)
+        self.llama.forward_saving(ops, decoder, spans)?;
+        Ok(projected)
     }
+}
+
+/// What stands where in a batch.
+struct Positions {
+    /// Tokens, in order.
+    ids: Vec<u32>,
+    /// Where their embeddings go, and where image features do.
+    text: Vec<RowCopy>,
+    images: Vec<RowCopy>,
+}
+
+impl Positions {
+    fn of(slots: &[Slot]) -> Self {
+        let (text, images) = splice(slots);
+        let ids = slots.iter().filter_map(|s| if let Slot::Token(id) = s { Some(*id) } else { None }).collect();
+        Self { ids, text, images }
+    }
+}
+
+/// The first part of the model whose output is not finite.
+fn not_finite(ops: &dyn GradOps, vision: Option<&Vision>, decoder: &Stack) -> Result<String> {
+    let of_vision = vision.map_or(Ok(None), |vision| vision.stack.first_not_finite(ops))?;
+    Ok(match (of_vision, decoder.first_not_finite(ops)?) {
+        (Some(0), _) => "vision tower, embeddings".to_owned(),
+        (Some(i), _) => format!("vision tower, layer {}", i - 1),
+        (None, Some(0)) => "input of the decoder".to_owned(),
+        (None, Some(i)) => format!("decoder layer {}", i - 1),
+        (None, None) => "decoder head".to_owned(),
+    })
 }
 
 impl Batch<'_> {
@@ -306,8 +367,15 @@ impl Llama {
     }
 
     /// Σ of the losses of `learned` (row, next token), in nats; `stack.d_x` becomes the gradient of `scale` times it by the last hidden
-    /// states.
-    fn loss(&mut self, ops: &dyn GradOps, stack: &mut Stack, h: &mut Head, learned: &[(usize, u32)], scale: f32) -> Result<f64> {
+    /// states, if there is a scale.
+    fn loss(
+        &mut self,
+        ops: &dyn GradOps,
+        stack: &mut Stack,
+        h: &mut Head,
+        learned: &[(usize, u32)],
+        scale: Option<f32>,
+    ) -> Result<f64> {
         let rows: Vec<_> = learned.iter().enumerate().map(|(dst, &(src, _))| RowCopy { dst, src, n_rows: 1 }).collect();
         for t in [&mut h.x, &mut h.normed, &mut h.d_x] {
             t.set_rows(learned.len());
@@ -323,12 +391,18 @@ impl Llama {
             ops.copy_rows(&mut h.chunk, &h.normed, &[RowCopy { dst: 0, src: first, n_rows }])?;
             self.head.forward(ops, &mut h.logits, &h.chunk)?;
             let labels: Vec<u32> = learned[first..first + n_rows].iter().map(|&(_, id)| id).collect();
-            ops.cross_entropy(&mut h.logits, &mut h.losses, &labels, scale)?;
+            ops.cross_entropy(&mut h.logits, &mut h.losses, &labels, scale.unwrap_or(1.0))?;
             loss += ops.download(&h.losses)?.into_iter().map(f64::from).sum::<f64>();
+            if scale.is_none() {
+                continue;
+            }
             // The rows at hand have done their work: their gradient takes their place.
             self.head.backward(ops, None, &h.logits, &h.chunk)?;
             self.head.input_gradient(ops, &mut h.chunk, &h.logits)?;
             ops.copy_rows(&mut h.normed, &h.chunk, &[RowCopy { dst: first, src: 0, n_rows }])?;
+        }
+        if scale.is_none() {
+            return Ok(loss);
         }
         ops.clear(&mut h.d_x)?;
         self.norm.backward(ops, &mut h.d_x, &h.normed, &h.x)?;

@@ -76,7 +76,7 @@ impl Log {
         let row = Row { step, mfu, eval_loss, time: now() };
         let path = self.output.join(ROWS);
         self.file.write_all(line(&row, &path)?.as_bytes()).map_err(|e| Error::io(&path, e))?;
-        tell(&mut self.events, &row).map_err(|e| Error::io(&self.output.join(EVENTS), e))?;
+        tell(&mut self.events, &row).map_err(|e| Error::io(self.output.join(EVENTS), e))?;
         self.rows.push(row);
         Ok(())
     }

@@ -53,16 +53,19 @@ impl Optimizer {
     /// # Errors
     /// If a gradient is not finite: its parameter is named, and none has been changed.
     pub fn step(&mut self, ops: &dyn GradOps, model: &mut Llava, factor: f64) -> Result<f64> {
-        let mut square = 0.0;
+        let (mut square, mut not_finite) = (0.0, None);
         model.visit_params(&mut |param| {
             let of_param = ops.sq_norm(&[param.grad])?;
             if !of_param.is_finite() {
-                let problem = format!("the gradient of {} is not finite: take a lower learning rate", param.name);
-                return Err(Error::Check { place: format!("step {}", self.n_steps + 1), problem });
+                // The last is the nearest to the loss, where gradients come from.
+                not_finite = Some(param.name.to_owned());
             }
             square += of_param;
             Ok(())
         })?;
+        if let Some(place) = not_finite {
+            return Err(Error::Check { place, problem: "its gradient is not finite: take a lower learning rate".to_owned() });
+        }
         let norm = square.sqrt();
         let is_cut = self.max_grad_norm > 0.0;
         let grad_scale = if is_cut { (self.max_grad_norm / (norm + NORM_EPS)).min(1.0) } else { 1.0 };

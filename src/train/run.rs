@@ -34,7 +34,9 @@ pub struct Trainer<'a> {
     config: &'a Config,
     checkpoint: &'a Checkpoint,
     masker: Masker<'a>,
-    data: Dataset,
+    rows: Rows,
+    /// Those to evaluate by.
+    eval_rows: Option<Rows>,
     ops: Cpu,
     model: Llava,
     trained: Trained,
@@ -47,33 +49,77 @@ pub struct Trainer<'a> {
     optimizer: Optimizer,
     n_steps: usize,
     n_done: usize,
-    bad_rows: BadRows,
     /// What rows and model are known by.
     fingerprints: [String; 2],
 }
 
-/// Rows that were left out.
-struct BadRows {
-    /// How many there may be.
-    max: usize,
-    /// Number in the set of each, and what is wrong with it, in the order in which they were met.
-    found: Vec<(usize, String)>,
+/// Rows, and which of them were left out.
+struct Rows {
+    data: Dataset,
+    /// How many may be left out.
+    max_bad: usize,
+    /// Number in the set of each that was, and what is wrong with it, in the order in which they were met.
+    bad: Vec<(usize, String)>,
 }
 
-impl BadRows {
+/// Some rows, one after the other.
+#[derive(Default)]
+struct Loaded {
+    images: Vec<RgbImage>,
+    slots: Vec<Slot>,
+    is_learned: Vec<bool>,
+    lengths: Vec<usize>,
+}
+
+impl Loaded {
+    fn batch(&self) -> Batch<'_> {
+        Batch { slots: &self.slots, is_learned: &self.is_learned, lengths: &self.lengths }
+    }
+}
+
+impl Rows {
+    /// Lays the rows `indices` out; those that are left out are not among them.
+    fn load(&mut self, masker: &Masker<'_>, indices: &[usize]) -> Result<Loaded> {
+        let mut all = Loaded::default();
+        for &index in indices {
+            let read = self.data.row(index).and_then(|row| Ok((masker.example(&row)?.example, row)));
+            let loaded = read.map_err(|e| e.error).and_then(|(example, row)| Ok((example, row.load_images()?)));
+            let Some((example, pictures)) = self.left_out(index, loaded)? else { continue };
+            let first_feature = all.images.len() * masker.tokens_per_image;
+            let Example { slots: of_row, is_answer } = example;
+            all.lengths.push(of_row.len());
+            all.slots.extend(of_row.into_iter().map(|slot| match slot {
+                Slot::Image { feature_row } => Slot::Image { feature_row: first_feature + feature_row },
+                token => token,
+            }));
+            all.is_learned.extend(is_answer);
+            all.images.extend(pictures);
+        }
+        Ok(all)
+    }
+
+    /// Looks through all rows, so that none of them stops a run in its middle.
+    fn check(&mut self, masker: &Masker<'_>) -> Result<()> {
+        for index in 0..self.data.n_rows() {
+            let usable = self.data.row(index).and_then(|row| masker.example(&row).and_then(|_| row.check_images()));
+            self.left_out(index, usable.map_err(|e| e.error))?;
+        }
+        Ok(())
+    }
+
     /// What is made of row `index`; none if that failed and is put up with.
     fn left_out<T>(&mut self, index: usize, result: Result<T>) -> Result<Option<T>> {
         let error = match result {
             Ok(value) => return Ok(Some(value)),
             Err(e) => e,
         };
-        if self.found.iter().any(|(known, _)| *known == index) {
+        if self.bad.iter().any(|(known, _)| *known == index) {
             return Ok(None);
         }
-        if self.found.len() == self.max {
+        if self.bad.len() == self.max_bad {
             return Err(error);
         }
-        self.found.push((index, error.to_string()));
+        self.bad.push((index, error.to_string()));
         Ok(None)
     }
 }
@@ -102,7 +148,7 @@ pub struct Step {
 }
 
 impl<'a> Trainer<'a> {
-    /// Loads the model; `max_bad_rows` rows that cannot be used are left out, one more is an error.
+    /// Loads the model; `max_bad_rows` rows that cannot be used are left out, one more is an error. As many of those to evaluate by.
     ///
     /// # Errors
     /// If the settings ask for what this version cannot do, by name; if the model cannot be loaded or trained; if there is nothing to do.
@@ -110,14 +156,25 @@ impl<'a> Trainer<'a> {
         config: &'a Config,
         checkpoint: &'a Checkpoint,
         masker: Masker<'a>,
-        data: Dataset,
+        mut data: Dataset,
         n_threads: usize,
         max_bad_rows: usize,
     ) -> Result<Self> {
         checkpoint.expect_unpacked()?;
         let (trained, recompute) = supported(config)?;
-        let mut bad_rows = BadRows { max: max_bad_rows, found: Vec::new() };
-        let lengths = lengths(config, &masker, &data, &mut bad_rows)?;
+        let of_rows = checkpoint::fingerprint(data.hashes());
+        let held_out = match (&config.eval_data[..], config.eval_share) {
+            ([], 0.0) => None,
+            ([], share) => Some(data.hold_out(share, config.seed)),
+            (files, _) => Some(Dataset::open(files, config.image_folder.as_deref())?),
+        };
+        if held_out.as_ref().is_some_and(|held_out| held_out.n_rows() == 0) {
+            return Err(Error::usage(format!("eval_share = {} of the rows is none of them", config.eval_share)));
+        }
+        let rows_of = |data| Rows { data, max_bad: max_bad_rows, bad: Vec::new() };
+        let (mut rows, mut eval_rows) = (rows_of(data), held_out.map(rows_of));
+        eval_rows.as_mut().map_or(Ok(()), |rows| rows.check(&masker))?;
+        let lengths = lengths(config, &masker, &mut rows)?;
         let order = Order {
             seed: config.seed,
             grouping: config.grouping,
@@ -125,7 +182,6 @@ impl<'a> Trainer<'a> {
             n_accumulated: config.accumulation as usize,
             pack_tokens: if config.pack_tokens > 0 { config.pack_tokens } else { config.max_tokens } as usize,
         };
-        let of_rows = checkpoint::fingerprint(data.hashes());
         let sampler = Sampler::new(order, lengths, Position::default());
         let of_epochs = (config.epochs * sampler.steps_per_epoch() as f64).ceil() as usize;
         let n_steps = if config.max_steps > 0 { of_epochs.min(config.max_steps as usize) } else { of_epochs };
@@ -147,7 +203,8 @@ impl<'a> Trainer<'a> {
             config,
             checkpoint,
             masker,
-            data,
+            rows,
+            eval_rows,
             ops,
             model,
             trained,
@@ -157,7 +214,6 @@ impl<'a> Trainer<'a> {
             sampler,
             n_steps,
             n_done: 0,
-            bad_rows,
             fingerprints: [of_rows, of_model(checkpoint)?],
         })
     }
@@ -186,7 +242,7 @@ impl<'a> Trainer<'a> {
             n_steps: self.n_steps,
             position: self.sampler.position(),
             n_updates: self.optimizer.n_steps(),
-            bad_rows: self.bad_rows.found.clone(),
+            bad_rows: self.rows.bad.clone(),
             rows,
             model,
         };
@@ -215,7 +271,7 @@ impl<'a> Trainer<'a> {
         }
         found.restore(&self.ops, &mut self.model, &mut self.optimizer)?;
         self.sampler.go_to(*position);
-        self.bad_rows.found.clone_from(bad_rows);
+        self.rows.bad.clone_from(bad_rows);
         self.n_done = *step;
         Ok(())
     }
@@ -244,11 +300,12 @@ impl<'a> Trainer<'a> {
         };
         let batches = self.sampler.next_step();
         for rows in &batches {
-            self.learn(rows, batches.len(), &mut done)?;
+            self.learn(rows, batches.len(), &mut done).map_err(|e| e.within(format_args!("step {}", done.step)))?;
         }
         // Where no row could be used there are no gradients, and moments alone would move the parameters.
         if done.n_learned > 0 {
-            done.grad_norm = self.optimizer.step(&self.ops, &mut self.model, self.schedule.factor(self.n_done))?;
+            let updated = self.optimizer.step(&self.ops, &mut self.model, self.schedule.factor(self.n_done));
+            done.grad_norm = updated.map_err(|e| e.within(format_args!("step {}", done.step)))?;
         }
         self.n_done += 1;
         done.ms = start.elapsed().as_secs_f64() * 1e3;
@@ -262,53 +319,65 @@ impl<'a> Trainer<'a> {
 
     /// What is wrong with each row that was left out so far, in the order in which they were met.
     pub fn bad_rows(&self) -> impl Iterator<Item = &str> {
-        self.bad_rows.found.iter().map(|(_, problem)| problem.as_str())
+        self.eval_rows.iter().flat_map(|rows| &rows.bad).chain(&self.rows.bad).map(|(_, problem)| problem.as_str())
+    }
+
+    /// The mean loss of all tokens to be learned in the rows to evaluate by, in nats; none if there are none.
+    ///
+    /// # Errors
+    /// If too many rows cannot be used.
+    pub fn evaluate(&mut self) -> Result<Option<f64>> {
+        let Some(mut rows) = self.eval_rows.take() else { return Ok(None) };
+        let indices: Vec<usize> = (0..rows.data.n_rows()).collect();
+        let (mut sum, mut n_learned) = (0.0, 0);
+        for indices in indices.chunks(self.config.batch_size as usize) {
+            let loaded = rows.load(&self.masker, indices)?;
+            let n = loaded.is_learned.iter().filter(|is| **is).count();
+            if n == 0 {
+                continue;
+            }
+            n_learned += n;
+            let pixels = self.prepare(&loaded)?;
+            let tape = self.tape.as_mut().expect("it was just prepared");
+            sum += self.model.loss(&self.ops, tape, pixels.as_ref(), &loaded.batch())?;
+        }
+        self.eval_rows = Some(rows);
+        Ok((n_learned > 0).then_some(sum / n_learned as f64))
+    }
+
+    /// Makes room for a pass over these rows, and pixels of their pictures.
+    fn prepare(&mut self, loaded: &Loaded) -> Result<Option<Tensor>> {
+        let (n_tokens, n_images) = (loaded.slots.len(), loaded.images.len());
+        if self.tape.as_ref().is_none_or(|tape| !tape.holds(n_tokens, n_images)) {
+            let (config, trained) = (&self.checkpoint.config, self.trained);
+            self.tape = None; // before the next takes memory
+            self.tape = Some(Tape::plan(&self.ops, config, trained, n_tokens, n_images, self.recompute)?);
+        }
+        if n_images == 0 {
+            return Ok(None);
+        }
+        let side = self.preprocess.crop_size;
+        let mut pixels = self.ops.alloc(&[n_images, CHANNELS, side, side], DType::F32)?;
+        self.ops.preprocess(&mut pixels, &loaded.images, &self.preprocess)?;
+        Ok(Some(pixels))
     }
 
     /// Adds the gradients of a batch of rows.
     fn learn(&mut self, rows: &[usize], n_batches: usize, done: &mut Step) -> Result<()> {
-        let mut images: Vec<RgbImage> = Vec::new();
-        let (mut slots, mut is_learned, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
-        for &index in rows {
-            let read = self.data.row(index).and_then(|row| Ok((self.masker.example(&row)?.example, row)));
-            let loaded = read.map_err(|e| e.error).and_then(|(example, row)| Ok((example, row.load_images()?)));
-            let Some((example, pictures)) = self.bad_rows.left_out(index, loaded)? else { continue };
-            let first_feature = images.len() * self.masker.tokens_per_image;
-            let Example { slots: of_row, is_answer } = example;
-            lengths.push(of_row.len());
-            slots.extend(of_row.into_iter().map(|slot| match slot {
-                Slot::Image { feature_row } => Slot::Image { feature_row: first_feature + feature_row },
-                token => token,
-            }));
-            is_learned.extend(is_answer);
-            images.extend(pictures);
-        }
-        let n_learned = is_learned.iter().filter(|is| **is).count();
+        let loaded = self.rows.load(&self.masker, rows)?;
+        let n_learned = loaded.is_learned.iter().filter(|is| **is).count();
         if n_learned == 0 {
             return Ok(());
         }
-        let pixels = if images.is_empty() {
-            None
-        } else {
-            let side = self.preprocess.crop_size;
-            let mut pixels = self.ops.alloc(&[images.len(), CHANNELS, side, side], DType::F32)?;
-            self.ops.preprocess(&mut pixels, &images, &self.preprocess)?;
-            Some(pixels)
-        };
-        if self.tape.as_ref().is_none_or(|tape| !tape.holds(slots.len(), images.len())) {
-            let (config, trained) = (&self.checkpoint.config, self.trained);
-            self.tape = None; // before the next takes memory
-            self.tape = Some(Tape::plan(&self.ops, config, trained, slots.len(), images.len(), self.recompute)?);
-        }
-        let tape = self.tape.as_mut().expect("it was just made");
-        let batch = Batch { slots: &slots, is_learned: &is_learned, lengths: &lengths };
+        let pixels = self.prepare(&loaded)?;
+        let tape = self.tape.as_mut().expect("it was just prepared");
         let scale = 1.0 / (n_learned * n_batches) as f64;
-        let sum = self.model.gradients(&self.ops, tape, pixels.as_ref(), &batch, scale as f32)?;
+        let sum = self.model.gradients(&self.ops, tape, pixels.as_ref(), &loaded.batch(), scale as f32)?;
         done.loss += sum * scale;
-        done.tflop +=
-            model_flops(&self.checkpoint.config, self.trained, &Size { lengths, n_images: images.len(), n_learned }) / 1e12;
-        done.n_tokens += slots.len();
+        done.n_tokens += loaded.slots.len();
         done.n_learned += n_learned;
+        let size = Size { n_images: loaded.images.len(), lengths: loaded.lengths, n_learned };
+        done.tflop += model_flops(&self.checkpoint.config, self.trained, &size) / 1e12;
         Ok(())
     }
 
@@ -317,38 +386,32 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// If the folder cannot be written.
     pub fn save(&mut self, model: &Path, output: &Path) -> Result<()> {
-        let mut learned = BTreeMap::new();
+        let weights = &self.checkpoint.weights;
+        let mut tensors = BTreeMap::new();
+        for entry in weights.entries() {
+            let (Some(canonical), StoredDType::Known(dtype)) = (entry.canonical, entry.dtype) else { continue };
+            tensors.insert(canonical, Planned { name: entry.source, shape: entry.shape, dtype });
+        }
+        let planned: Vec<_> = tensors.values().cloned().collect();
+        let mut writer = Writer::create(&output.join(save::WEIGHTS), &planned)?;
         let ops = &self.ops;
         self.model.visit_params(&mut |param| {
-            let value = ops.download(param.value)?;
             // Biases of several modules are one parameter.
             let (names, kind) = param.name.rsplit_once('.').expect("names of parameters end with their kind");
             let names: Vec<_> = names.split('+').collect();
-            let n = value.len() / names.len();
-            names.iter().zip(value.chunks(n)).for_each(|(name, value)| {
-                learned.insert(format!("{name}.{kind}"), value.to_vec());
-            });
+            let value = ops.download(param.value)?;
+            for (name, value) in names.iter().zip(value.chunks(value.len() / names.len())) {
+                let planned = tensors.remove(&format!("{name}.{kind}"));
+                let Planned { name, shape, dtype } = planned.unwrap_or_else(|| panic!("learned, but of no file: {name}.{kind}"));
+                writer.write(&name, Tensor::from_slice(&shape, value).converted(dtype).as_bytes())?;
+            }
             Ok(())
         })?;
-        let weights = &self.checkpoint.weights;
-        let mut tensors = Vec::new();
-        for entry in weights.entries() {
-            let (Some(canonical), StoredDType::Known(dtype)) = (entry.canonical, entry.dtype) else { continue };
-            tensors.push((canonical, Planned { name: entry.source, shape: entry.shape, dtype }));
+        for (canonical, Planned { name, shape, .. }) in &tensors {
+            let tensor = weights.tensor(canonical, shape)?;
+            writer.write(name, tensor.as_bytes())?;
+            tensor.release();
         }
-        let planned: Vec<_> = tensors.iter().map(|(_, planned)| planned.clone()).collect();
-        let mut writer = Writer::create(&output.join(save::WEIGHTS), &planned)?;
-        for (canonical, Planned { name, shape, dtype }) in &tensors {
-            match learned.remove(canonical) {
-                Some(values) => writer.write(name, Tensor::from_slice(shape, &values).converted(*dtype).as_bytes())?,
-                None => {
-                    let tensor = weights.tensor(canonical, shape)?;
-                    writer.write(name, tensor.as_bytes())?;
-                    tensor.release();
-                }
-            }
-        }
-        assert!(learned.is_empty(), "learned, but of no file: {:?}", learned.keys());
         writer.finish()?;
         save::companions(model, self.checkpoint, output)?;
         save::configuration(model, self.checkpoint, output, |_| {})
@@ -397,9 +460,6 @@ fn supported(config: &Config) -> Result<(Trained, Recompute)> {
     if config.dtype != Precision::F32 {
         return refuse("training in 16 bits", "dtype = \"f32\"");
     }
-    if !config.eval_data.is_empty() || config.eval_share > 0.0 {
-        return refuse("evaluation between steps", "no eval_data and eval_share = 0");
-    }
     let recompute = match config.recompute {
         super::config::Recompute::None => return refuse("recompute = \"none\"", "recompute = \"selective\""),
         super::config::Recompute::Selective => Recompute::Selective,
@@ -409,7 +469,7 @@ fn supported(config: &Config) -> Result<(Trained, Recompute)> {
 }
 
 /// How long each row is, for their order: in tokens if they are packed, else in words.
-fn lengths(config: &Config, masker: &Masker<'_>, data: &Dataset, bad_rows: &mut BadRows) -> Result<Vec<Length>> {
+fn lengths(config: &Config, masker: &Masker<'_>, rows: &mut Rows) -> Result<Vec<Length>> {
     let length = |row: Row| match config.grouping {
         Grouping::Packed => {
             let has_images = !row.images.is_empty();
@@ -417,10 +477,10 @@ fn lengths(config: &Config, masker: &Masker<'_>, data: &Dataset, bad_rows: &mut 
         }
         Grouping::None | Grouping::Modality => Ok(length_in_words(&row)),
     };
-    let mut lengths = Vec::with_capacity(data.n_rows());
-    for index in 0..data.n_rows() {
-        let of_row = data.row(index).and_then(length).map_err(|e: RowError| e.error);
-        lengths.push(bad_rows.left_out(index, of_row)?.unwrap_or(Length { n: 1, has_images: false }));
+    let mut lengths = Vec::with_capacity(rows.data.n_rows());
+    for index in 0..rows.data.n_rows() {
+        let of_row = rows.data.row(index).and_then(length).map_err(|e: RowError| e.error);
+        lengths.push(rows.left_out(index, of_row)?.unwrap_or(Length { n: 1, has_images: false }));
     }
     Ok(lengths)
 }
