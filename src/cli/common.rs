@@ -241,6 +241,13 @@ pub fn cancel_on_ctrl_c(flag: Arc<AtomicBool>) {
     });
 }
 
+/// Bytes of memory that this process has resident, `VmRSS` now and `VmHWM` at most, where the system tells (Linux).
+pub fn memory(which: &str) -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(which)?.strip_prefix(':'))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<usize>().ok().map(|kb| kb * 1024)
+}
+
 /// Whether somebody watches standard output.
 pub fn is_interactive() -> bool {
     std::io::stdout().is_terminal()

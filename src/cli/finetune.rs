@@ -17,6 +17,7 @@ use llava_engine::train::config::{Config, SETTINGS};
 use llava_engine::train::data::Dataset;
 use llava_engine::train::log::{Log, Row};
 use llava_engine::train::mask::{Masker, Stretch};
+use llava_engine::train::plan::Plan;
 use llava_engine::train::run::{Step, Trainer};
 use llava_engine::weights::hub::resolve;
 use serde_json::{Value, json};
@@ -50,6 +51,9 @@ pub struct Args {
     /// With --resume: makes no more steps, and writes the model as it is by now
     #[arg(long, requires = "resume")]
     write_now: bool,
+    /// Says what memory, steps and arithmetic the run will take, and trains nothing
+    #[arg(long, conflicts_with = "check_data")]
+    plan: bool,
     /// Looks through the data and trains nothing: shows the first rows with what is learnt of them, counts and names the bad ones
     #[arg(long)]
     check_data: bool,
@@ -110,7 +114,7 @@ impl FromArgMatches for Settings {
 /// Trains, or looks through the data.
 pub fn run(args: &Args) -> Result<Outcome> {
     let config = Config::resolve(args.config.as_deref(), args.settings.0.clone())?;
-    let output = match (args.check_data, config.output.as_deref()) {
+    let output = match (args.check_data || args.plan, config.output.as_deref()) {
         (false, None) => return Err(Error::usage("where is the result to go? Name a new folder with --output")),
         (true, _) => None,
         (false, output) => output,
@@ -137,6 +141,15 @@ pub fn run(args: &Args) -> Result<Outcome> {
     };
     if let Some(output) = output {
         return train(args, &config, &folder, output, &checkpoint, masker, data);
+    }
+    if args.plan {
+        let plan = Plan::of(&config, &checkpoint, &masker, data, args.max_bad_rows)?;
+        let program = common::memory("VmRSS").unwrap_or(0);
+        match args.json {
+            true => common::put_json(&json!({"plan": plan, "program_bytes": program, "bytes": plan.bytes() + program}))?,
+            false => common::put(&plan_text(&plan, program))?,
+        }
+        return Ok(Outcome::Done);
     }
     let bar = common::progress("{msg:40} {wide_bar} {pos}/{len} {eta}");
     bar.set_length(data.n_rows() as u64);
@@ -244,11 +257,22 @@ fn train(
     Ok(if is_stopped { Outcome::Interrupted } else { Outcome::Done })
 }
 
+fn plan_text(plan: &Plan, program: usize) -> String {
+    let Plan { n_rows, n_steps, n_tokens, n_trained, tflop, largest_batch: [tokens, images], memory } = plan;
+    let mut out =
+        format!("{n_rows} rows, {n_steps} steps, {n_tokens} tokens; the largest batch has {tokens}, with {images} pictures\n");
+    out += &format!("{n_trained} parameters learn; {tflop:.3} TFLOP in all\n\n");
+    let all = memory.iter().copied().chain([("the program", program), ("at most", plan.bytes() + program)]);
+    all.for_each(|(what, bytes)| out += &format!("{what:<36} {:>10.1} MB\n", bytes as f64 / 1e6));
+    out
+}
+
 /// A run this long is worth a measurement of what the device can do, in ms.
 const LONG_MS: f64 = 60e3;
 
 fn summary(last_step: Option<&Row>, n_bad: usize, output: &Path) -> Value {
-    json!({"last_step": last_step, "left_out": n_bad, "output": output.to_string_lossy()})
+    let output = output.to_string_lossy();
+    json!({"last_step": last_step, "left_out": n_bad, "output": output, "peak_memory_bytes": common::memory("VmHWM")})
 }
 
 fn step_line(step: &Step, mfu: Option<f64>) -> String {

@@ -2,11 +2,61 @@
 //!
 //! The memory is reserved, not touched: a plan for long prompts costs a short one nothing.
 
+use std::cell::Cell;
+
 use super::config::{ClipConfig, LlamaConfig};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::Ops;
 use crate::tensor::Tensor;
+
+/// What gives buffers to a plan: a device, or [`Counted`].
+pub trait Room {
+    /// A buffer of this shape.
+    fn room(&self, shape: &[usize], dtype: DType) -> Result<Tensor>;
+
+    /// Number format of activations.
+    fn of_activations(&self) -> DType;
+}
+
+impl<T: Ops + ?Sized> Room for T {
+    fn room(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        self.alloc(shape, dtype)
+    }
+
+    fn of_activations(&self) -> DType {
+        self.activation_dtype()
+    }
+}
+
+/// Gives empty buffers, and counts what they would take.
+pub struct Counted {
+    activations: DType,
+    bytes: Cell<usize>,
+}
+
+impl Counted {
+    /// Bytes of what `plan` takes, on a device with activations of this dtype.
+    ///
+    /// # Errors
+    /// Those of `plan`.
+    pub fn bytes<T>(activations: DType, plan: impl FnOnce(&Self) -> Result<T>) -> Result<usize> {
+        let counted = Self { activations, bytes: Cell::new(0) };
+        plan(&counted)?;
+        Ok(counted.bytes.get())
+    }
+}
+
+impl Room for Counted {
+    fn room(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        self.bytes.set(self.bytes.get() + shape.iter().product::<usize>() * dtype.size());
+        Ok(Tensor::zeros(&[0, shape[1..].iter().product()], dtype))
+    }
+
+    fn of_activations(&self) -> DType {
+        self.activations
+    }
+}
 
 /// Activations of the vision tower.
 pub struct ClipActs {
@@ -21,10 +71,10 @@ pub struct ClipActs {
 
 impl ClipActs {
     /// Buffers for `n_images` pictures at once.
-    pub fn plan(ops: &dyn Ops, config: &ClipConfig, n_images: usize) -> Result<Self> {
+    pub fn plan(ops: &(impl Room + ?Sized), config: &ClipConfig, n_images: usize) -> Result<Self> {
         let (n_patches, hidden) = (n_images * config.n_patches(), config.hidden_size);
         let tokens = n_patches + n_images;
-        let alloc = |rows, width| ops.alloc(&[rows, width], ops.activation_dtype());
+        let alloc = |rows, width| ops.room(&[rows, width], ops.of_activations());
         Ok(Self {
             patches: alloc(n_patches, 3 * config.patch_size * config.patch_size)?,
             patch_embeddings: alloc(n_patches, hidden)?,

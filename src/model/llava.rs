@@ -14,7 +14,7 @@ use crate::tensor::Tensor;
 use crate::weights::Source;
 
 /// Pictures that go through the tower at once: bounds its activations.
-const IMAGES_AT_ONCE: usize = 4;
+pub const IMAGES_AT_ONCE: usize = 4;
 
 /// What stands at one position of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,10 +20,10 @@ mod stage;
 mod tape;
 mod training;
 
-pub use acts::{BlockActs, LlamaActs};
+pub use acts::{BlockActs, ClipActs, Counted, LlamaActs};
 pub use llama::{Block, Llama};
-pub use llava::{Llava, Slot};
+pub use llava::{IMAGES_AT_ONCE, Llava, Slot};
 pub use load::Loader;
 pub use stage::{Ctx, LinearInput, Observer, Stage};
 pub use tape::Recompute;
-pub use training::{Batch, Tape, Trained};
+pub use training::{Batch, LOSS_ROWS, Tape, Trained};

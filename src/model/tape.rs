@@ -1,5 +1,6 @@
 //! What a training pass keeps for its way back: one slot for each layer, of decoder and vision tower alike.
 
+use super::acts::Room;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{Heads, Ops, RowCopy};
@@ -56,14 +57,20 @@ pub(super) struct Stack {
 }
 
 impl Stack {
-    pub fn plan(ops: &dyn Ops, widths: Widths, n_layers: usize, max_tokens: usize, recompute: Recompute) -> Result<Self> {
+    pub fn plan(
+        ops: &(impl Room + ?Sized),
+        widths: Widths,
+        n_layers: usize,
+        max_tokens: usize,
+        recompute: Recompute,
+    ) -> Result<Self> {
         let Widths { hidden, heads, mlp_in, mlp } = widths;
-        let alloc = |width| ops.alloc(&[max_tokens, width], ops.activation_dtype());
+        let alloc = |width| ops.room(&[max_tokens, width], ops.of_activations());
         let saved = || {
             Ok(Saved {
                 qkv: alloc(heads.qkv_width())?,
                 attn: alloc(heads.q_width())?,
-                lse: ops.alloc(&[max_tokens, heads.n_heads], DType::F32)?,
+                lse: ops.room(&[max_tokens, heads.n_heads], DType::F32)?,
                 mid: alloc(hidden)?,
                 mlp_in: alloc(mlp_in)?,
             })

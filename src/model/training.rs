@@ -4,6 +4,7 @@
 //! `backward` beside its `forward`. Logits are made for tokens that are to be learned alone, [`LOSS_ROWS`] at a time, and become their own
 //! gradients: no `[tokens, vocab]` is ever held.
 
+use super::acts::Room;
 use super::clip::Clip;
 use super::config::LlavaConfig;
 use super::llama::Llama;
@@ -19,7 +20,7 @@ use crate::ops::{Heads, RowCopy, Span};
 use crate::tensor::Tensor;
 
 /// Tokens whose logits are made at once.
-const LOSS_ROWS: usize = 256;
+pub const LOSS_ROWS: usize = 256;
 
 /// Which parts of the model are trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +77,7 @@ struct Head {
 impl Tape {
     /// For batches of up to `max_tokens` positions and `max_images` pictures.
     pub fn plan(
-        ops: &dyn GradOps,
+        ops: &(impl Room + ?Sized),
         config: &LlavaConfig,
         trained: Trained,
         max_tokens: usize,
@@ -84,7 +85,7 @@ impl Tape {
         recompute: Recompute,
     ) -> Result<Self> {
         let (text, vision) = (&config.text, &config.vision);
-        let alloc = |rows, width| ops.alloc(&[rows, width], ops.activation_dtype());
+        let alloc = |rows, width| ops.room(&[rows, width], ops.of_activations());
         let hidden = || alloc(max_tokens, text.hidden_size);
         let n_mlp = text.intermediate_size;
         let widths = Widths { hidden: text.hidden_size, heads: text.heads(), mlp_in: 2 * n_mlp, mlp: n_mlp };
@@ -112,17 +113,17 @@ impl Tape {
                 normed: hidden()?,
                 d_x: hidden()?,
                 chunk: alloc(LOSS_ROWS, text.hidden_size)?,
-                logits: ops.alloc(&[LOSS_ROWS, text.vocab_size], DType::F32)?,
-                losses: ops.alloc(&[LOSS_ROWS], DType::F32)?,
+                logits: ops.room(&[LOSS_ROWS, text.vocab_size], DType::F32)?,
+                losses: ops.room(&[LOSS_ROWS], DType::F32)?,
             },
         })
     }
 }
 
 impl Tape {
-    /// Whether a batch of so many positions and pictures has room.
-    pub fn holds(&self, n_tokens: usize, n_images: usize) -> bool {
-        n_tokens <= self.max_tokens && n_images <= self.max_images
+    /// Positions and pictures that it has room for.
+    pub fn room(&self) -> (usize, usize) {
+        (self.max_tokens, self.max_images)
     }
 }
 

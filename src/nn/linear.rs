@@ -111,7 +111,9 @@ impl Linear {
 /// Makes `tensor` one of f32 that has its memory to itself: what is in a file is for reading only.
 pub fn own_f32(ops: &dyn Ops, tensor: &mut Arc<Tensor>) -> Result<()> {
     if tensor.dtype() != DType::F32 || tensor.is_mapped() {
-        *tensor = Arc::new(ops.upload(ops.to_host(tensor)?.converted(DType::F32))?);
+        let own = ops.upload(ops.to_host(tensor)?.converted(DType::F32))?;
+        tensor.release(); // nobody reads the file's again before the end
+        *tensor = Arc::new(own);
     }
     Ok(())
 }

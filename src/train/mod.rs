@@ -10,6 +10,8 @@ pub mod flops;
 pub mod log;
 pub mod mask;
 pub mod optim;
+pub mod plan;
+pub mod rows;
 pub mod run;
 pub mod sampler;
 pub mod schedule;

@@ -10,20 +10,19 @@ use std::time::Instant;
 use super::checkpoint::{self, Place};
 
 use super::config::{AspectRatio, Config, Precision, Tune, TuneVision};
-use super::data::{Dataset, length_in_words};
+use super::data::Dataset;
 use super::flops::{Size, model_flops};
 use super::mask::Masker;
 use super::optim::Optimizer;
-use super::sampler::{Grouping, Length, Order, Position, Sampler};
+use super::rows::{Loaded, Rows, lengths};
+use super::sampler::{Length, Order, Position, Sampler};
 use super::schedule::Schedule;
 use crate::cpu::Cpu;
-use crate::data::{Row, RowError};
 use crate::dtype::DType;
-use crate::engine::Example;
 use crate::error::{Error, Result};
-use crate::image::{CHANNELS, Fit, Preprocess, RgbImage};
+use crate::image::{CHANNELS, Fit, Preprocess};
 use crate::model::checkpoint::Checkpoint;
-use crate::model::{Batch, Llava, Recompute, Slot, Tape, Trained, save};
+use crate::model::{Llava, Recompute, Tape, Trained, save};
 use crate::ops::Ops;
 use crate::tensor::Tensor;
 use crate::weights::write::{Planned, Writer};
@@ -51,77 +50,6 @@ pub struct Trainer<'a> {
     n_done: usize,
     /// What rows and model are known by.
     fingerprints: [String; 2],
-}
-
-/// Rows, and which of them were left out.
-struct Rows {
-    data: Dataset,
-    /// How many may be left out.
-    max_bad: usize,
-    /// Number in the set of each that was, and what is wrong with it, in the order in which they were met.
-    bad: Vec<(usize, String)>,
-}
-
-/// Some rows, one after the other.
-#[derive(Default)]
-struct Loaded {
-    images: Vec<RgbImage>,
-    slots: Vec<Slot>,
-    is_learned: Vec<bool>,
-    lengths: Vec<usize>,
-}
-
-impl Loaded {
-    fn batch(&self) -> Batch<'_> {
-        Batch { slots: &self.slots, is_learned: &self.is_learned, lengths: &self.lengths }
-    }
-}
-
-impl Rows {
-    /// Lays the rows `indices` out; those that are left out are not among them.
-    fn load(&mut self, masker: &Masker<'_>, indices: &[usize]) -> Result<Loaded> {
-        let mut all = Loaded::default();
-        for &index in indices {
-            let read = self.data.row(index).and_then(|row| Ok((masker.example(&row)?.example, row)));
-            let loaded = read.map_err(|e| e.error).and_then(|(example, row)| Ok((example, row.load_images()?)));
-            let Some((example, pictures)) = self.left_out(index, loaded)? else { continue };
-            let first_feature = all.images.len() * masker.tokens_per_image;
-            let Example { slots: of_row, is_answer } = example;
-            all.lengths.push(of_row.len());
-            all.slots.extend(of_row.into_iter().map(|slot| match slot {
-                Slot::Image { feature_row } => Slot::Image { feature_row: first_feature + feature_row },
-                token => token,
-            }));
-            all.is_learned.extend(is_answer);
-            all.images.extend(pictures);
-        }
-        Ok(all)
-    }
-
-    /// Looks through all rows, so that none of them stops a run in its middle.
-    fn check(&mut self, masker: &Masker<'_>) -> Result<()> {
-        for index in 0..self.data.n_rows() {
-            let usable = self.data.row(index).and_then(|row| masker.example(&row).and_then(|_| row.check_images()));
-            self.left_out(index, usable.map_err(|e| e.error))?;
-        }
-        Ok(())
-    }
-
-    /// What is made of row `index`; none if that failed and is put up with.
-    fn left_out<T>(&mut self, index: usize, result: Result<T>) -> Result<Option<T>> {
-        let error = match result {
-            Ok(value) => return Ok(Some(value)),
-            Err(e) => e,
-        };
-        if self.bad.iter().any(|(known, _)| *known == index) {
-            return Ok(None);
-        }
-        if self.bad.len() == self.max_bad {
-            return Err(error);
-        }
-        self.bad.push((index, error.to_string()));
-        Ok(None)
-    }
 }
 
 /// What a step was.
@@ -156,38 +84,17 @@ impl<'a> Trainer<'a> {
         config: &'a Config,
         checkpoint: &'a Checkpoint,
         masker: Masker<'a>,
-        mut data: Dataset,
+        data: Dataset,
         n_threads: usize,
         max_bad_rows: usize,
     ) -> Result<Self> {
         checkpoint.expect_unpacked()?;
         let (trained, recompute) = supported(config)?;
         let of_rows = checkpoint::fingerprint(data.hashes());
-        let held_out = match (&config.eval_data[..], config.eval_share) {
-            ([], 0.0) => None,
-            ([], share) => Some(data.hold_out(share, config.seed)),
-            (files, _) => Some(Dataset::open(files, config.image_folder.as_deref())?),
-        };
-        if held_out.as_ref().is_some_and(|held_out| held_out.n_rows() == 0) {
-            return Err(Error::usage(format!("eval_share = {} of the rows is none of them", config.eval_share)));
-        }
-        let rows_of = |data| Rows { data, max_bad: max_bad_rows, bad: Vec::new() };
-        let (mut rows, mut eval_rows) = (rows_of(data), held_out.map(rows_of));
+        let (mut rows, mut eval_rows) = Rows::split(config, data, max_bad_rows)?;
         eval_rows.as_mut().map_or(Ok(()), |rows| rows.check(&masker))?;
         let lengths = lengths(config, &masker, &mut rows)?;
-        let order = Order {
-            seed: config.seed,
-            grouping: config.grouping,
-            batch_size: config.batch_size as usize,
-            n_accumulated: config.accumulation as usize,
-            pack_tokens: if config.pack_tokens > 0 { config.pack_tokens } else { config.max_tokens } as usize,
-        };
-        let sampler = Sampler::new(order, lengths, Position::default());
-        let of_epochs = (config.epochs * sampler.steps_per_epoch() as f64).ceil() as usize;
-        let n_steps = if config.max_steps > 0 { of_epochs.min(config.max_steps as usize) } else { of_epochs };
-        if n_steps == 0 {
-            return Err(Error::usage("there is no step to make: no rows, or no epochs"));
-        }
+        let (sampler, n_steps) = course(config, lengths)?;
         let ops = Cpu::new(n_threads, DType::F32)?;
         let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, None)?;
         model.train(&ops, trained)?;
@@ -347,11 +254,13 @@ impl<'a> Trainer<'a> {
 
     /// Makes room for a pass over these rows, and pixels of their pictures.
     fn prepare(&mut self, loaded: &Loaded) -> Result<Option<Tensor>> {
-        let (n_tokens, n_images) = (loaded.slots.len(), loaded.images.len());
-        if self.tape.as_ref().is_none_or(|tape| !tape.holds(n_tokens, n_images)) {
+        let n_images = loaded.images.len();
+        let had = self.tape.as_ref().map_or((0, 0), Tape::room);
+        let needed = (had.0.max(loaded.slots.len()), had.1.max(n_images));
+        if self.tape.is_none() || needed != had {
             let (config, trained) = (&self.checkpoint.config, self.trained);
             self.tape = None; // before the next takes memory
-            self.tape = Some(Tape::plan(&self.ops, config, trained, n_tokens, n_images, self.recompute)?);
+            self.tape = Some(Tape::plan(&self.ops, config, trained, needed.0, needed.1, self.recompute)?);
         }
         if n_images == 0 {
             return Ok(None);
@@ -418,6 +327,27 @@ impl<'a> Trainer<'a> {
     }
 }
 
+/// Batches in the order of the run, and how many steps it has.
+///
+/// # Errors
+/// If it has none.
+pub(super) fn course(config: &Config, lengths: Vec<Length>) -> Result<(Sampler, usize)> {
+    let order = Order {
+        seed: config.seed,
+        grouping: config.grouping,
+        batch_size: config.batch_size as usize,
+        n_accumulated: config.accumulation as usize,
+        pack_tokens: if config.pack_tokens > 0 { config.pack_tokens } else { config.max_tokens } as usize,
+    };
+    let sampler = Sampler::new(order, lengths, Position::default());
+    let of_epochs = (config.epochs * sampler.steps_per_epoch() as f64).ceil() as usize;
+    let n_steps = if config.max_steps > 0 { of_epochs.min(config.max_steps as usize) } else { of_epochs };
+    if n_steps == 0 {
+        return Err(Error::usage("there is no step to make: no rows, or no epochs"));
+    }
+    Ok((sampler, n_steps))
+}
+
 /// Settings that have no influence on the result: a run may go on with others.
 const MAY_DIFFER: &[&str] =
     &["preset", "data", "image_folder", "output", "recompute", "log_steps", "save_steps", "keep", "eval_data", "eval_steps"];
@@ -446,7 +376,7 @@ fn refuse<T>(what: &str, instead: &str) -> Result<T> {
 }
 
 /// What is to be trained and what is computed again, if this version can do what the settings ask for.
-fn supported(config: &Config) -> Result<(Trained, Recompute)> {
+pub(super) fn supported(config: &Config) -> Result<(Trained, Recompute)> {
     let decoder = match config.tune {
         Tune::Lora => return refuse("tune = \"lora\"", "tune = \"projector\" or \"full\""),
         Tune::Projector => false,
@@ -466,21 +396,4 @@ fn supported(config: &Config) -> Result<(Trained, Recompute)> {
         super::config::Recompute::Full => Recompute::Full,
     };
     Ok((Trained { vision, projector: true, decoder }, recompute))
-}
-
-/// How long each row is, for their order: in tokens if they are packed, else in words.
-fn lengths(config: &Config, masker: &Masker<'_>, rows: &mut Rows) -> Result<Vec<Length>> {
-    let length = |row: Row| match config.grouping {
-        Grouping::Packed => {
-            let has_images = !row.images.is_empty();
-            Ok(Length { n: masker.example(&row)?.example.slots.len(), has_images })
-        }
-        Grouping::None | Grouping::Modality => Ok(length_in_words(&row)),
-    };
-    let mut lengths = Vec::with_capacity(rows.data.n_rows());
-    for index in 0..rows.data.n_rows() {
-        let of_row = rows.data.row(index).and_then(length).map_err(|e: RowError| e.error);
-        lengths.push(rows.left_out(index, of_row)?.unwrap_or(Length { n: 1, has_images: false }));
-    }
-    Ok(lengths)
 }

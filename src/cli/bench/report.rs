@@ -37,7 +37,7 @@ fn document(args: &Args, device: Device, subject: &Subject, phases: &[Phase]) ->
         "time_to_first_token": {
             "ms_median": median(&first_token), "ms_min": first_token.first(), "ms_max": first_token.last(),
         },
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": common::memory("VmHWM"),
     })
 }
 
@@ -83,7 +83,7 @@ fn table(device: Device, subject: &Subject, phases: &[Phase]) -> String {
     }
     out += &format!("\ntime to first token (encode and prefill): {:.1} ms", median(&first_token_ms(phases)));
     out += &best_peaks(phases).map_or(String::new(), |peaks| format!("\nmeasured peaks: {}", common::peaks_text(&peaks)));
-    out += &peak_memory().map_or(String::new(), |bytes| format!("\npeak memory: {:.2} GB", bytes as f64 / 1e9));
+    out += &common::memory("VmHWM").map_or(String::new(), |bytes| format!("\npeak memory: {:.2} GB", bytes as f64 / 1e9));
     out + "\n"
 }
 
@@ -101,11 +101,4 @@ fn first_token_ms(phases: &[Phase]) -> Vec<f64> {
 /// Other programs only ever make a machine slower: the best of the probes is what it can do.
 fn best_peaks(phases: &[Phase]) -> Option<llava_engine::ops::Peaks> {
     phases.iter().flat_map(|p| &p.runs).map(|r| r.peaks.clone()).reduce(|a, b| a.zip_with(&b, f64::max))
-}
-
-/// The most memory that this process has had resident, where the system tells (Linux).
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }
