@@ -48,7 +48,7 @@ pub struct Llava {
 impl Llava {
     /// Loads the model; `dtype` converts matrices, `None` keeps them as they are stored.
     pub fn load(ops: &dyn Ops, config: &LlavaConfig, weights: &dyn Source, dtype: Option<DType>) -> Result<Self> {
-        let loader = Loader { ops, weights, dtype };
+        let loader = Loader::new(ops, weights, dtype);
         let load = || {
             Ok(Self {
                 clip: Clip::load(&loader, &config.vision, config.n_vision_layers)?,

@@ -146,6 +146,18 @@ impl Llava {
         Ok(())
     }
 
+    /// Says which pass is next, of those that drop something of what low-rank additions take; none, as at first, drops nothing.
+    pub fn set_pass(&mut self, pass: Option<u64>) {
+        let tower = self.clip.layers.iter_mut().flat_map(|layer| layer.linears());
+        let decoder = self.llama.blocks.iter_mut().flat_map(|block| block.linears());
+        tower.chain(decoder).flat_map(|linear| &mut linear.lora).for_each(|lora| lora.set_pass(pass));
+    }
+
+    /// Makes the projector's matrices dense, so that it can be trained whole.
+    pub fn unpack_projector(&mut self, ops: &dyn GradOps) -> Result<()> {
+        self.projector.layers.iter_mut().try_for_each(|layer| layer.unpack(ops))
+    }
+
     /// Shows the parameters that are trained, in an order that is always the same.
     pub fn visit_params(&mut self, visit: VisitParams<'_>) -> Result<()> {
         self.clip.visit(visit)?;
@@ -287,10 +299,10 @@ impl Clip {
             }
             v.stack.backward(i, |x, s, w, d_x| layer.backward(ops, x, s, w, d_x, &spans))?;
         }
+        let Some([d_class, d_positions]) = &mut self.grad else { return Ok(()) };
         v.d_embedded.set_rows(v.embedded.rows());
         ops.clear(&mut v.d_embedded)?;
         self.pre_norm.backward(ops, &mut v.d_embedded, &v.stack.d_x, &v.embedded)?;
-        let Some([d_class, d_positions]) = &mut self.grad else { return Ok(()) };
         ops.clip_embed_backward(&mut v.patch_embeddings, d_class, d_positions, &v.d_embedded)?;
         self.patch_embedding.backward(ops, None, &v.patch_embeddings, &v.patches)
     }

@@ -115,6 +115,44 @@ pub trait Source {
     /// # Errors
     /// [`Error::Tensor`] if they are no such matrix.
     fn packed(&self, module: &str, n: usize, k: usize) -> Result<Option<Packed>>;
+
+    /// What is added to the matrix `[n, k]` of the module of this canonical name, if anything is.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if its factors do not fit the matrix.
+    fn low_rank(&self, _module: &str, _n: usize, _k: usize) -> Result<Option<LowRank>> {
+        Ok(None)
+    }
+}
+
+/// A low-rank addition to a matrix `[n, k]`: scale·B·A.
+#[derive(Debug)]
+pub struct LowRank {
+    /// A `[r, k]`.
+    pub a: Tensor,
+    /// B `[n, r]`.
+    pub b: Tensor,
+    /// α/r, or what else an adapter says.
+    pub scale: f32,
+    /// How it learns, if it does.
+    pub learned: Option<Learned>,
+}
+
+/// What of the input of an addition is dropped while it learns.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Learned {
+    /// Share of the elements.
+    pub dropout: f32,
+    /// Tells the bits of this addition from those of others.
+    pub seed: u64,
+}
+
+impl LowRank {
+    /// B·scale, in B's own dtype.
+    pub fn scaled_b(&self) -> Tensor {
+        let scaled: Vec<f32> = self.b.to_f32().iter().map(|b| b * self.scale).collect();
+        Tensor::from_slice(self.b.shape(), &scaled).converted(self.b.dtype())
+    }
 }
 
 /// The tensors of a checkpoint by canonical name, wherever they lie.

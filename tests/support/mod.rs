@@ -3,6 +3,7 @@
 
 pub mod devices;
 pub mod program;
+pub mod reference;
 
 use std::path::{Path, PathBuf};
 
