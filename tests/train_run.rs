@@ -7,62 +7,9 @@ use std::path::Path;
 
 use safetensors::SafeTensors;
 use serde_json::Value;
+use support::finetune::{MODEL, finetune, folder, log, rows};
 use support::fixture;
-use support::program::{llava, succeed};
-use tempfile::TempDir;
-
-/// Five rows: three with pictures, one of these of two turns, and two of text alone.
-fn rows() -> Value {
-    let turns = |pairs: &[(&str, &str)]| {
-        let turn = |from: &str, value: &str| serde_json::json!({"from": from, "value": value});
-        pairs.iter().flat_map(|(q, a)| [turn("human", q), turn("gpt", a)]).collect::<Vec<_>>()
-    };
-    serde_json::json!([
-        {"id": "a", "image": "square.png", "conversations": turns(&[("<image>\nWhat is this?", "A square.")])},
-        {"id": "b", "image": "odd.png", "conversations": turns(&[("What is odd?\n<image>", "This."), ("And now?", "That as well.")])},
-        {"id": "c", "conversations": turns(&[("How are you?", "Well, and you?")])},
-        {"id": "d", "image": "square.png", "conversations": turns(&[("<image>\nDescribe it.", "It has four sides.")])},
-        {"id": "e", "conversations": turns(&[("Say yes.", "yes")])},
-    ])
-}
-
-/// A folder with them.
-fn folder() -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("rows.json"), rows().to_string()).unwrap();
-    folder
-}
-
-const MODEL: &str = "checkpoints/hf_gqa_bf16";
-
-/// How a run of the program ended.
-struct Done {
-    ok: bool,
-    stdout: String,
-    stderr: String,
-}
-
-/// Runs `finetune` on the rows in `folder`.
-fn finetune(folder: &Path, output: &str, flags: &[&str]) -> Done {
-    let (model, rows, images) = (fixture(MODEL), folder.join("rows.json"), fixture("images"));
-    let paths = [&model, &rows, &images, &folder.join(output)].map(|p| p.to_str().unwrap().to_owned());
-    let [model, rows, images, output] = &paths;
-    let mut args = vec!["finetune", "--model", model, "--data", rows, "--image-folder", images, "--output", output];
-    let defaults = [("--dtype", "f32"), ("--batch-size", "3"), ("--accumulation", "2"), ("--lr", "3e-3"), ("--template", "v1")];
-    for (flag, value) in defaults.into_iter().filter(|(flag, _)| !flags.contains(flag)) {
-        args.extend([flag, value]);
-    }
-    args.extend(flags);
-    let output = llava(&args);
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    Done { ok: output.status.success(), stdout: text(output.stdout), stderr: text(output.stderr) }
-}
-
-/// What each step was.
-fn log(folder: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(folder.join("log.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
+use support::program::succeed;
 
 /// The bytes of each tensor of a folder, by its name.
 fn tensors(folder: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -164,8 +111,9 @@ fn what_cannot_be_done_is_said() {
         assert!(!done.ok && expected.iter().all(|text| done.stderr.contains(text)), "{flags:?}: {}", done.stderr);
         assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
     };
-    fails("x", &["--tune", "lora"], &["lora", "projector"]);
-    fails("x", &["--tune", "full", "--tune-vision", "lora"], &["tune_vision", "full"]);
+    fails("x", &["--tune", "lora", "--base-bits", "4"], &["base_bits is 4", "bf16", "quantize --bits 4"]);
+    fails("x", &["--tune", "lora", "--lora-r", "0"], &["lora_r"]);
+    fails("x", &["--tune", "lora", "--lora-targets", "lm_head"], &["lora_targets", "lm_head", "q_proj"]);
     fails("x", &["--tune", "full", "--recompute", "none"], &["recompute", "selective"]);
     fails("x", &["--tune", "full", "--eval-share", "0.5"], &["eval"]);
     fails("x", &["--tune", "full", "--save-steps", "1", "--epochs", "5"], &["save_steps"]);

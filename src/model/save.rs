@@ -7,7 +7,9 @@ use serde_json::{Map, Value, json};
 
 use super::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::weights::files;
+use crate::tensor::Tensor;
+use crate::weights::write::{Planned, Writer};
+use crate::weights::{Source, StoredDType, files};
 
 /// The only weight file of a folder that is written here.
 pub const WEIGHTS: &str = "model.safetensors";
@@ -57,6 +59,40 @@ pub fn companions(model: &Path, checkpoint: &Checkpoint, output: &Path) -> Resul
     copy(tower, &to)?;
     let config = to.join("config.json");
     fs::copy(tower.join("config.json"), &config).map(|_| ()).map_err(|e| Error::io(&config, e))
+}
+
+/// Writes the checkpoint from the folder `model` into the folder `output`, in its layout and its dtypes: tensor by tensor what `changed`
+/// makes of a canonical name and a shape, or the one that was.
+///
+/// # Errors
+/// Those of `changed`; if the folder cannot be written.
+pub fn rewrite(
+    model: &Path,
+    checkpoint: &Checkpoint,
+    output: &Path,
+    mut changed: impl FnMut(&str, &[usize]) -> Result<Option<Tensor>>,
+) -> Result<()> {
+    let weights = &checkpoint.weights;
+    let mut tensors = Vec::new();
+    for entry in weights.entries() {
+        let (Some(canonical), StoredDType::Known(dtype)) = (entry.canonical, entry.dtype) else { continue };
+        tensors.push((canonical, Planned { name: entry.source, shape: entry.shape, dtype }));
+    }
+    let planned: Vec<_> = tensors.iter().map(|(_, planned)| planned.clone()).collect();
+    let mut writer = Writer::create(&output.join(WEIGHTS), &planned)?;
+    for (canonical, Planned { name, shape, dtype }) in &tensors {
+        match changed(canonical, shape)? {
+            Some(tensor) => writer.write(name, tensor.converted(*dtype).as_bytes())?,
+            None => {
+                let tensor = weights.tensor(canonical, shape)?;
+                writer.write(name, tensor.as_bytes())?;
+                tensor.release();
+            }
+        }
+    }
+    writer.finish()?;
+    companions(model, checkpoint, output)?;
+    configuration(model, checkpoint, output, |_| {})
 }
 
 /// Writes `config.json`: the old one, with what `change` makes of it. It comes last: a folder without it is no checkpoint.

@@ -4,6 +4,8 @@
 //! `backward` beside its `forward`. Logits are made for tokens that are to be learned alone, [`LOSS_ROWS`] at a time, and become their own
 //! gradients: no `[tokens, vocab]` is ever held.
 
+use std::collections::BTreeMap;
+
 use super::clip::Clip;
 use super::config::LlavaConfig;
 use super::llama::Llama;
@@ -163,6 +165,26 @@ impl Llava {
         self.clip.visit(visit)?;
         self.projector.visit(visit)?;
         self.llama.visit(visit)
+    }
+
+    /// What was learned, by canonical name, on the host.
+    pub fn learned(&mut self, ops: &dyn GradOps) -> Result<BTreeMap<String, Tensor>> {
+        let mut learned = BTreeMap::new();
+        self.visit_params(&mut |param| {
+            // Biases of several modules are one parameter.
+            let (names, kind) = param.name.rsplit_once('.').expect("names of parameters end with their kind");
+            let names: Vec<_> = names.split('+').collect();
+            if let [_] = names[..] {
+                learned.insert(param.name.to_owned(), ops.to_host(param.value)?);
+                return Ok(());
+            }
+            let value = ops.download(param.value)?;
+            names.iter().zip(value.chunks(value.len() / names.len())).for_each(|(name, value)| {
+                learned.insert(format!("{name}.{kind}"), Tensor::from_slice(&[value.len()], value));
+            });
+            Ok(())
+        })?;
+        Ok(learned)
     }
 
     /// The sum of the losses of all tokens to be learned, in nats; the gradients of `scale` times it are added to those of the parameters.

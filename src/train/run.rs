@@ -1,11 +1,11 @@
 //! [`Trainer`]: a run, step by step, on the CPU.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
 use super::config::{AspectRatio, Config, Precision, Tune, TuneVision};
 use super::data::{Dataset, length_in_words};
+use super::lora;
 use super::mask::Masker;
 use super::optim::Optimizer;
 use super::sampler::{Grouping, Length, Order, Position, Sampler};
@@ -19,9 +19,6 @@ use crate::image::{CHANNELS, Fit, Preprocess, RgbImage};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::{Batch, Llava, Recompute, Slot, Tape, Trained, save};
 use crate::ops::Ops;
-use crate::tensor::Tensor;
-use crate::weights::write::{Planned, Writer};
-use crate::weights::{Source, StoredDType};
 
 /// A model that is being trained, and what it is trained by.
 pub struct Trainer<'a> {
@@ -104,7 +101,9 @@ impl<'a> Trainer<'a> {
         n_threads: usize,
         max_bad_rows: usize,
     ) -> Result<Self> {
-        checkpoint.expect_unpacked()?;
+        if !config.has_lora() {
+            checkpoint.expect_unpacked()?;
+        }
         let (trained, recompute) = supported(config)?;
         let mut bad_rows = BadRows { max: max_bad_rows, found: Vec::new() };
         let lengths = lengths(config, &masker, &data, &mut bad_rows)?;
@@ -125,8 +124,11 @@ impl<'a> Trainer<'a> {
             return refuse("saving before the end", "save_steps = 0");
         }
         let ops = Cpu::new(n_threads, DType::F32)?;
-        let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, None)?;
-        model.train(&ops, trained)?;
+        let mut model = lora::load(&ops, config, checkpoint)?;
+        model.train(
+            &ops,
+            Trained { vision: config.tune_vision == TuneVision::Full, decoder: config.tune == Tune::Full, ..trained },
+        )?;
         let mut preprocess = checkpoint.config.preprocess.clone();
         match config.image_aspect_ratio {
             Some(AspectRatio::Pad) => preprocess.fit = Fit::Pad,
@@ -175,7 +177,8 @@ impl<'a> Trainer<'a> {
             ms: 0.0,
         };
         let batches = self.sampler.next_step();
-        for rows in &batches {
+        for (i, rows) in batches.iter().enumerate() {
+            self.model.set_pass(Some((self.n_done * self.config.accumulation as usize + i) as u64));
             self.learn(rows, batches.len(), &mut done)?;
         }
         done.grad_norm = self.optimizer.step(&self.ops, &mut self.model, self.schedule.factor(self.n_done))?;
@@ -239,46 +242,19 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Writes the model into the folder `output`, in the layout and the dtypes of the checkpoint from the folder `model` that it was.
+    /// Writes the model into the folder `output`, in the layout and the dtypes of the checkpoint from the folder `model` that it was; of LoRA
+    /// what is over that ([`lora::save`]).
     ///
     /// # Errors
     /// If the folder cannot be written.
     pub fn save(&mut self, model: &Path, output: &Path) -> Result<()> {
-        let mut learned = BTreeMap::new();
-        let ops = &self.ops;
-        self.model.visit_params(&mut |param| {
-            let value = ops.download(param.value)?;
-            // Biases of several modules are one parameter.
-            let (names, kind) = param.name.rsplit_once('.').expect("names of parameters end with their kind");
-            let names: Vec<_> = names.split('+').collect();
-            let n = value.len() / names.len();
-            names.iter().zip(value.chunks(n)).for_each(|(name, value)| {
-                learned.insert(format!("{name}.{kind}"), value.to_vec());
-            });
-            Ok(())
-        })?;
-        let weights = &self.checkpoint.weights;
-        let mut tensors = Vec::new();
-        for entry in weights.entries() {
-            let (Some(canonical), StoredDType::Known(dtype)) = (entry.canonical, entry.dtype) else { continue };
-            tensors.push((canonical, Planned { name: entry.source, shape: entry.shape, dtype }));
+        let mut learned = self.model.learned(&self.ops)?;
+        if self.config.has_lora() {
+            return lora::save(self.config, self.checkpoint, learned, model, output);
         }
-        let planned: Vec<_> = tensors.iter().map(|(_, planned)| planned.clone()).collect();
-        let mut writer = Writer::create(&output.join(save::WEIGHTS), &planned)?;
-        for (canonical, Planned { name, shape, dtype }) in &tensors {
-            match learned.remove(canonical) {
-                Some(values) => writer.write(name, Tensor::from_slice(shape, &values).converted(*dtype).as_bytes())?,
-                None => {
-                    let tensor = weights.tensor(canonical, shape)?;
-                    writer.write(name, tensor.as_bytes())?;
-                    tensor.release();
-                }
-            }
-        }
+        save::rewrite(model, self.checkpoint, output, |canonical, _| Ok(learned.remove(canonical)))?;
         assert!(learned.is_empty(), "learned, but of no file: {:?}", learned.keys());
-        writer.finish()?;
-        save::companions(model, self.checkpoint, output)?;
-        save::configuration(model, self.checkpoint, output, |_| {})
+        Ok(())
     }
 }
 
@@ -289,16 +265,7 @@ fn refuse<T>(what: &str, instead: &str) -> Result<T> {
 
 /// What is to be trained and what is computed again, if this version can do what the settings ask for.
 fn supported(config: &Config) -> Result<(Trained, Recompute)> {
-    let decoder = match config.tune {
-        Tune::Lora => return refuse("tune = \"lora\"", "tune = \"projector\" or \"full\""),
-        Tune::Projector => false,
-        Tune::Full => true,
-    };
-    let vision = match config.tune_vision {
-        TuneVision::Lora => return refuse("tune_vision = \"lora\"", "tune_vision = \"off\" or \"full\""),
-        TuneVision::Off => false,
-        TuneVision::Full => true,
-    };
+    let (vision, decoder) = (config.tune_vision != TuneVision::Off, config.tune != Tune::Projector);
     if config.dtype != Precision::F32 {
         return refuse("training in 16 bits", "dtype = \"f32\"");
     }

@@ -5,6 +5,7 @@
 //! and nothing is ever executed. The one thing that cannot be checked is the future: if another program truncates a mapped file, the
 //! operating system ends this one with SIGBUS. Files are little-endian, as is every machine that this crate runs on.
 
+pub mod adapter;
 pub mod blocks;
 pub mod files;
 pub mod gguf;
@@ -18,6 +19,7 @@ pub mod random;
 pub mod recipe;
 mod repack;
 pub mod safetensors;
+pub mod torch_write;
 pub mod torch_zip;
 pub mod write;
 
@@ -232,6 +234,20 @@ impl Store {
         Ok(())
     }
 
+    /// As [`Store::add`], of a file whose tensors have the names that `canonical` tells.
+    ///
+    /// # Errors
+    /// As [`Store::add`]; [`Error::Tensor`] with what `canonical` says of a name.
+    pub fn add_as(&mut self, file: &Path, canonical: impl Fn(&str) -> Result<Option<String>, String>) -> Result<()> {
+        let map = map(file)?;
+        let file: Arc<Path> = file.into();
+        for located in read(&file, &map)? {
+            let name = canonical(&located.name).map_err(|problem| Error::tensor(&located.name, &file, problem))?;
+            self.insert(&file, located, name, &[Part::Clip, Part::Projector, Part::Llama])?;
+        }
+        Ok(())
+    }
+
     /// As [`Store::add`], of a GGUF file that is open; the rows of the decoder's queries and keys are put in our order, for heads of `head_dim`.
     ///
     /// # Errors
@@ -281,6 +297,11 @@ impl Store {
     /// Shape of the tensor of this canonical name, if there is one.
     pub fn shape(&self, canonical: &str) -> Option<&[usize]> {
         self.find(canonical).map(|stored| stored.located.shape.as_slice())
+    }
+
+    /// What its file calls the tensor of this canonical name, if there is one.
+    pub fn source(&self, canonical: &str) -> Option<&str> {
+        self.find(canonical).map(|stored| stored.located.name.as_str())
     }
 
     /// Number format of the tensor of this canonical name, if there is one.

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test crate uses its own part
 
 pub mod devices;
+pub mod finetune;
 pub mod program;
 pub mod reference;
 

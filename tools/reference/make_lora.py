@@ -12,6 +12,7 @@ are known because they are made here as the engine makes its own.
 Folders are what PEFT's save_pretrained writes, or LLaVA's own trainer; `expected.safetensors` in each has logits over a checkpoint.
 """
 
+import json
 import shutil
 
 import numpy as np
@@ -132,6 +133,11 @@ def expect(folder, checkpoint: str, case: str, logits) -> None:
     files, prompt = make_checkpoints.CASES[case]
     save_file({"logits": logits}, folder / "expected.safetensors")
     write_json(folder / "expected.json", {"checkpoint": checkpoint, "images": files, "prompt": prompt})
+    # PEFT's are a set: in another order each time.
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    write_json(folder / "adapter_config.json", config)
     for path in folder.iterdir():
         path.chmod(0o644)
     print(folder.name, [float(x) for x in logits[-1][:3]])
@@ -243,6 +249,7 @@ def official_folder() -> None:
     assert all(n.startswith("base_model.model.model.mm_projector.") for n in rest), rest.keys()
     torch.save({n: p.bfloat16() for n, p in rest.items()}, folder / "non_lora_trainables.bin")
     shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+    model.eval()
     ids, pixels = make_checkpoints.original_inputs(name, spec, checkpoint, *make_checkpoints.CASES[case])
     expect(folder, name, case, run_case(parts, ids, pixels)["logits"])
 
