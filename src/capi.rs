@@ -125,6 +125,7 @@ struct OpenRequest {
     threads: usize,
     model_base: Option<PathBuf>,
     mmproj: Option<PathBuf>,
+    lora: Option<PathBuf>,
     preprocess: Option<String>,
     template: Option<String>,
     context_tokens: Option<usize>,
@@ -145,6 +146,7 @@ impl OpenRequest {
             threads: self.threads,
             model_base: self.model_base,
             mmproj: self.mmproj,
+            lora: self.lora,
             profile,
             template: self.template,
             context_tokens: self.context_tokens,
@@ -231,7 +233,7 @@ pub extern "C" fn llava_last_error() -> *const c_char {
 /// Opens the model in the folder or GGUF file, or of the hub id, `model`, and stores the engine in `*engine`.
 ///
 /// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `check_ops`, `check_nan`, `threads`,
-/// `model_base`, `mmproj`, `preprocess`, `template`, `context_tokens`. They mean what the flags of the command line mean.
+/// `model_base`, `mmproj`, `lora`, `preprocess`, `template`, `context_tokens`. They mean what the flags of the command line mean.
 ///
 /// # Safety
 /// `model` and `options_json` are null or C strings; `engine` is null or points to a pointer that may be written.

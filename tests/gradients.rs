@@ -16,59 +16,12 @@ use llava_engine::train::schedule::{Decay, Schedule};
 use llava_engine::weights::Source;
 use llava_engine::weights::random::Random;
 use llava_engine::weights::recipe::Recipe;
-use safetensors::SafeTensors;
+use support::reference::{Reference, assert_gradient};
 use support::{Bound, assert_close, fixture};
-
-/// The error of a gradient, relative to the length of the reference's: ‖got − expected‖ / ‖expected‖.
-const ERROR: f64 = 1e-4;
-
-/// What PyTorch makes of a model.
-struct Reference(Vec<u8>);
-
-impl Reference {
-    fn read(name: &str) -> Self {
-        Self(std::fs::read(fixture(&format!("gradients/{name}.safetensors"))).unwrap())
-    }
-
-    fn f32(&self, name: &str) -> Vec<f32> {
-        let tensors = SafeTensors::deserialize(&self.0).unwrap();
-        bytemuck::pod_collect_to_vec(tensors.tensor(name).unwrap().data())
-    }
-
-    fn i32(&self, name: &str) -> Vec<i32> {
-        let tensors = SafeTensors::deserialize(&self.0).unwrap();
-        bytemuck::pod_collect_to_vec(tensors.tensor(name).unwrap().data())
-    }
-
-    /// Names of all parameters that have a gradient.
-    fn parameters(&self) -> Vec<String> {
-        let tensors = SafeTensors::deserialize(&self.0).unwrap();
-        let mut names: Vec<_> = tensors.names().iter().filter_map(|n| Some(n.strip_prefix("grad.")?.to_owned())).collect();
-        names.sort();
-        names
-    }
-
-    /// Its two sequences in the model's positions: slots, what is learned, lengths.
-    fn batch(&self) -> (Vec<Slot>, Vec<bool>, Vec<usize>) {
-        let (mut slots, mut is_learned, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
-        let image = self.i32("image_token_id")[0];
-        let mut feature_row = 0;
-        for i in 0..2 {
-            let ids = self.i32(&format!("ids.{i}"));
-            lengths.push(ids.len());
-            for id in ids {
-                slots.push(if id == image { Slot::Image { feature_row } } else { Slot::Token(id as u32) });
-                feature_row += usize::from(id == image);
-            }
-            is_learned.extend(self.i32(&format!("is_learned.{i}")).iter().map(|&l| l != 0));
-        }
-        (slots, is_learned, lengths)
-    }
-}
 
 /// Loss and gradients of a model, by name.
 fn gradients(name: &str, threads: usize, trained: Trained, recompute: Recompute) -> (f64, Vec<(String, Vec<f32>)>) {
-    let reference = Reference::read(name);
+    let reference = Reference::of(name);
     let checkpoint = Checkpoint::open(&fixture(&format!("checkpoints/{name}")), None).unwrap();
     let ops = Cpu::new(threads, DType::F32).unwrap();
     let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, Some(DType::F32)).unwrap();
@@ -101,21 +54,17 @@ const ALL: Trained = Trained { vision: true, projector: true, decoder: true };
 #[test]
 fn every_parameter_has_the_gradient_that_autograd_finds() {
     for name in MODELS {
-        let reference = Reference::read(name);
+        let reference = Reference::of(name);
         let (loss, gradients) = gradients(name, 2, ALL, Recompute::Selective);
         let expected = f64::from(reference.f32("loss")[0]);
         assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: the loss is {loss}, expected {expected}");
         let mut names: Vec<_> = gradients.iter().map(|(name, _)| name.clone()).collect();
         names.sort();
-        assert_eq!(names, reference.parameters(), "{name}");
+        assert_eq!(names, reference.names("grad."), "{name}");
         for (parameter, got) in gradients {
             let expected = reference.f32(&format!("grad.{parameter}"));
-            assert_eq!(got.len(), expected.len(), "{name}: {parameter}");
-            let length = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-            let error = length(&mut got.iter().zip(&expected).map(|(g, e)| f64::from(*g) - f64::from(*e)));
-            let of = length(&mut expected.iter().map(|e| f64::from(*e)));
             // A key's bias moves all scores of a query alike: its gradient is zero but for rounding, and is left to the length of Q's and V's.
-            assert!(of > 0.0 && error <= ERROR * of, "{name}: the gradient of {parameter} is off by {} of its length", error / of);
+            assert_gradient(&format!("{name}: {parameter}"), &got, &expected);
         }
     }
 }
@@ -196,7 +145,7 @@ struct Run {
 
 impl Run {
     fn new(name: &str) -> Self {
-        let reference = Reference::read(name);
+        let reference = Reference::of(name);
         let checkpoint = Checkpoint::open(&fixture(&format!("checkpoints/{name}")), None).unwrap();
         let ops = Cpu::new(2, DType::F32).unwrap();
         let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, Some(DType::F32)).unwrap();
@@ -219,7 +168,7 @@ impl Run {
 #[test]
 fn fifty_steps_follow_pytorch() {
     for name in MODELS {
-        let expected = Reference::read(name).f32("losses");
+        let expected = Reference::of(name).f32("losses");
         let schedule = Schedule::new(Decay::Cosine, expected.len(), 5, 0.0);
         let (mut run, mut optimizer) = (Run::new(name), Optimizer::new(&settings()));
         let mut worst = 0f64;
@@ -288,7 +237,7 @@ fn gradients_of_many_sequences_add_up() {
     let pixels = Tensor::from_slice(&[TIMES, 3, size, size], &run.pixels.to_f32().repeat(TIMES));
     let mut tape = Tape::plan(&run.ops, &config, ALL, slots.len(), TIMES, Recompute::Full).unwrap();
     let batch = Batch { slots: &slots, is_learned: &is_learned, lengths: &lengths };
-    let scale = Reference::read(name).f32("scale")[0] / TIMES as f32;
+    let scale = Reference::of(name).f32("scale")[0] / TIMES as f32;
     let sum = run.model.gradients(&run.ops, &mut tape, Some(&pixels), &batch, scale).unwrap();
     assert!((sum / TIMES as f64 / loss - 1.0).abs() < 1e-6);
     let mut i = 0;

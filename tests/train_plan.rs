@@ -32,10 +32,11 @@ fn run(flags: &[String], more: &[&str]) -> Value {
 fn a_run_takes_what_was_planned() {
     let dir = tempfile::tempdir().unwrap();
     let flags = flags(dir.path());
-    let settings: [&[&str]; 5] = [
+    let settings: [&[&str]; 6] = [
         &["--tune", "full", "--tune-vision", "full", "--recompute", "selective", "--batch-size", "16"],
         &["--tune", "full", "--tune-vision", "full", "--recompute", "full", "--batch-size", "32"],
         &["--tune", "full", "--recompute", "selective", "--batch-size", "24", "--eval-share", "0.1"],
+        &["--tune", "lora", "--lora-r", "64", "--tune-vision", "lora", "--recompute", "selective", "--batch-size", "24"],
         &["--tune", "projector", "--recompute", "full", "--batch-size", "32", "--grouping", "none"],
         &["--tune", "full", "--recompute", "full", "--grouping", "packed", "--pack-tokens", "3000"],
     ];

@@ -11,7 +11,8 @@ use std::time::Instant;
 
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
-use support::finetune::{command, finetune, folder, log, rows, tensors};
+use support::finetune::{MODEL, command, finetune, finetune_of, folder, log, rows, tensors};
+use support::fixture;
 
 /// 9 steps over 3 epochs of all parameters, each saved.
 const RUN: [&str; 14] = [
@@ -73,8 +74,11 @@ fn killed_runs_end_as_undisturbed_ones() {
         let name = format!("run{run}");
         let output = folder.path().join(&name);
         loop {
-            let mut child =
-                command(folder.path(), &name, &with(&["--resume"])).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+            let mut child = command(&fixture(MODEL), folder.path(), &name, &with(&["--resume"]))
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
             if n_kills < 50 {
                 sleep(whole_run.mul_f64(random.next_u32() as f64 / f64::from(u32::MAX)));
                 n_kills += usize::from(child.try_wait().unwrap().is_none());
@@ -107,7 +111,7 @@ fn stopped_runs_save_first() {
     for (name, signal) in [("term", "-TERM"), ("int", "-INT")] {
         let output = folder.path().join(name);
         // Without checkpoints between steps: what is there then was made for the signal.
-        let mut child = command(folder.path(), name, &with(&["--save-steps", "0"]))
+        let mut child = command(&fixture(MODEL), folder.path(), name, &with(&["--save-steps", "0"]))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -188,6 +192,28 @@ fn broken_checkpoints_are_passed_over() {
     assert!(!done.ok && done.stderr.contains("manifest.json"), "{}", done.stderr);
 }
 
+/// A run of low-rank additions drops what it would have dropped.
+#[test]
+fn adapters_go_on_too() {
+    let folder = folder();
+    let flags = |more: &[&'static str]| {
+        let lora = ["--tune", "lora", "--tune-vision", "lora", "--lora-r", "4", "--lora-dropout", "0.3"];
+        [&lora[..], &RUN[4..], more].concat()
+    };
+    let whole = finetune(folder.path(), "run", &flags(&[]));
+    assert!(whole.ok, "{}", whole.stderr);
+    let (output, expected) = (folder.path().join("run"), tensors(&folder.path().join("run")));
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::remove_file(output.join(name)).unwrap();
+    }
+    fs::remove_dir_all(output.join("checkpoint-8")).unwrap();
+    let done = finetune(folder.path(), "run", &flags(&["--resume"]));
+    assert!(done.ok && done.stderr.contains("going on after step 7 of 9"), "{}", done.stderr);
+    assert!(tensors(&output) == expected, "another result");
+    let again = finetune(folder.path(), "run", &flags(&["--resume"]));
+    assert!(again.ok && again.stderr.contains("complete"), "{}", again.stderr);
+}
+
 #[test]
 fn another_run_is_not_gone_on_with() {
     let folder = folder();
@@ -199,8 +225,9 @@ fn another_run_is_not_gone_on_with() {
     fails(&["--lr", "1e-3", "--seed", "7"], &["step 8", "lr: 0.003 there, 0.001 here", "seed: 42 there, 7 here"]);
     fails(&["--epochs", "4"], &["epochs: 3.0 there, 4.0 here"]);
     fails(&["--tune-vision", "off"], &["tune_vision"]);
-    let other = support::fixture("checkpoints/hf_mha_f32").into_os_string().into_string().unwrap();
-    fails(&["--model", other.leak()], &["another model"]);
+    let other = fixture("checkpoints/hf_mha_f32");
+    let done = finetune_of(&other, folder.path(), "run", &with(&["--resume"]));
+    assert!(!done.ok && done.stderr.contains("another model"), "{}", done.stderr);
     let mut other_rows = rows();
     other_rows[4]["conversations"][0]["value"] = "Say it.".into();
     fs::write(folder.path().join("rows.json"), other_rows.to_string()).unwrap();
@@ -242,7 +269,7 @@ fn a_full_disk_costs_steps_and_no_more() {
     let room = folder.path().join("room");
     fs::create_dir(&room).unwrap();
     let shell = |before: &str, after: &str, flags: &[&'static str]| {
-        let run = command(folder.path(), "room/run", &with(flags));
+        let run = command(&fixture(MODEL), folder.path(), "room/run", &with(flags));
         let program = run.get_program().to_str().unwrap().to_owned();
         let words = run.get_args().map(|word| format!("'{}'", word.to_str().unwrap()));
         let line = std::iter::once(program).chain(words).collect::<Vec<_>>().join(" ");

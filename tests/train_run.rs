@@ -3,7 +3,7 @@
 mod support;
 
 use serde_json::Value;
-use support::finetune::{MODEL, finetune, folder, log, rows, tensors};
+use support::finetune::{MODEL, finetune, finetune_of, folder, log, rows, tensors};
 use support::fixture;
 use support::program::{break_weight, copy_dir, succeed};
 
@@ -105,8 +105,9 @@ fn what_cannot_be_done_is_said() {
         assert!(!done.ok && expected.iter().all(|text| done.stderr.contains(text)), "{flags:?}: {}", done.stderr);
         assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
     };
-    fails("x", &["--tune", "lora"], &["lora", "projector"]);
-    fails("x", &["--tune", "full", "--tune-vision", "lora"], &["tune_vision", "full"]);
+    fails("x", &["--tune", "lora", "--base-bits", "4"], &["base_bits is 4", "bf16", "quantize --bits 4"]);
+    fails("x", &["--tune", "lora", "--lora-r", "0"], &["lora_r"]);
+    fails("x", &["--tune", "lora", "--lora-targets", "lm_head"], &["lora_targets", "lm_head", "q_proj"]);
     fails("x", &["--tune", "full", "--recompute", "none"], &["recompute", "selective"]);
     fails("x", &["--tune", "full", "--eval-share", "0.01"], &["eval_share", "none"]);
     fails("x", &["--tune", "full", "--eval-data", "nowhere.json"], &["nowhere.json"]);
@@ -125,7 +126,7 @@ fn what_cannot_be_done_is_said() {
     let model = folder.path().join("broken");
     copy_dir(&fixture("checkpoints/hf_mha_f32"), &model);
     break_weight(&model, "language_model.model.layers.1.mlp.down_proj.weight");
-    let done = finetune(folder.path(), "layer", &["--tune", "projector", "--model", model.to_str().unwrap()]);
+    let done = finetune_of(&model, folder.path(), "layer", &["--tune", "projector"]);
     assert!(!done.ok && done.stderr.contains("step 1, decoder layer 1: the loss is NaN"), "{}", done.stderr);
 }
 

@@ -27,6 +27,9 @@ pub struct ModelArgs {
     /// Vision tower and projector of a GGUF model; the only such file beside it if absent
     #[arg(long, env = "LLAVA_MMPROJ", value_name = "FILE")]
     pub mmproj: Option<PathBuf>,
+    /// Folder of a LoRA adapter over the model, of finetune, PEFT or LLaVA's own trainer; the model stays as it is
+    #[arg(long, env = "LLAVA_LORA", value_name = "DIR")]
+    pub lora: Option<PathBuf>,
     /// Where it runs: auto, cpu, cuda, cuda:N, or sim (the CUDA kernels simulated; slow)
     #[arg(long, env = "LLAVA_DEVICE", default_value = "auto")]
     pub device: String,
@@ -76,6 +79,7 @@ impl ModelArgs {
             threads: self.threads,
             model_base: self.model_base.clone(),
             mmproj: self.mmproj.clone(),
+            lora: self.lora.clone(),
             profile: profile.transpose()?,
             template: template.map(str::to_owned),
             context_tokens: self.context,

@@ -19,6 +19,7 @@ use llava_engine::train::log::{Log, Row};
 use llava_engine::train::mask::{Masker, Stretch};
 use llava_engine::train::plan::Plan;
 use llava_engine::train::run::{Step, Trainer};
+use llava_engine::weights::adapter;
 use llava_engine::weights::hub::resolve;
 use serde_json::{Value, json};
 
@@ -187,7 +188,7 @@ fn train(
     masker: Masker<'_>,
     data: Dataset,
 ) -> Result<Outcome> {
-    if args.resume && output.join("config.json").exists() {
+    if args.resume && output.join(result_name(config)).exists() {
         // It may have been killed when all was done.
         eprintln!("llava-engine: this run is complete: its model is in {}", output.display());
         if args.json {
@@ -269,6 +270,11 @@ fn plan_text(plan: &Plan, program: usize) -> String {
 
 /// A run this long is worth a measurement of what the device can do, in ms.
 const LONG_MS: f64 = 60e3;
+
+/// The file that a run writes last.
+fn result_name(config: &Config) -> &'static str {
+    if config.has_lora() { adapter::CONFIG } else { "config.json" }
+}
 
 fn summary(last_step: Option<&Row>, n_bad: usize, output: &Path) -> Value {
     let output = output.to_string_lossy();

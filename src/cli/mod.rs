@@ -7,6 +7,7 @@ mod finetune;
 mod generate;
 mod info;
 mod inspect;
+mod merge;
 mod quantize;
 mod score;
 
@@ -44,6 +45,8 @@ enum Command {
     Quantize(quantize::Args),
     /// Fine-tunes a model on conversations, or checks such data
     Finetune(finetune::Args),
+    /// Merges a LoRA adapter into its base model
+    Merge(merge::Args),
     /// Says what this binary holds and what this machine has
     Info(info::Args),
     /// Measures how fast this machine encodes, reads prompts and answers
@@ -79,6 +82,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Finetune(args) => finetune::run(args),
+        Command::Merge(args) => merge::run(args),
         Command::Info(args) => info::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Completions { shell } => {

@@ -34,6 +34,7 @@ use crate::ops::{Ops, Peaks};
 use crate::profile::{OpRecord, Profiled, Records};
 use crate::tensor::Tensor;
 use crate::text::{Prompt, Style, Tokenizer};
+use crate::weights::adapter::Adapter;
 
 /// How a model is opened.
 #[derive(Clone, Debug, Default)]
@@ -51,6 +52,8 @@ pub struct EngineOptions {
     pub model_base: Option<std::path::PathBuf>,
     /// Vision tower and projector of a GGUF model; `None` takes the only such file beside it.
     pub mmproj: Option<std::path::PathBuf>,
+    /// A folder of LoRA over the model, which stays as it is.
+    pub lora: Option<std::path::PathBuf>,
     /// Whose preprocessing and tokenization is followed; `None` takes what the checkpoint's layout says.
     pub profile: Option<Profile>,
     /// Conversation template by name; `None` takes the checkpoint's own.
@@ -131,7 +134,8 @@ impl Engine {
         // A checkpoint of another dtype than asked for is converted, except to f32 on a device that takes any: widening while computing is
         // exact and free.
         let convert = ops.weight_dtype().or(options.dtype.filter(|&dtype| dtype != DType::F32));
-        let model = Llava::load(&*ops, &checkpoint.config, &checkpoint.weights, convert)?;
+        let adapter = options.lora.as_deref().map(Adapter::open).transpose()?;
+        let model = Llava::load_adapted(&*ops, &checkpoint.config, &checkpoint.weights, adapter.as_ref(), convert)?;
         let mut eos_token_ids = checkpoint.config.eos_token_ids.clone();
         eos_token_ids.extend(tokenizer.eos().filter(|id| !checkpoint.config.eos_token_ids.contains(id)));
         Ok(Self {

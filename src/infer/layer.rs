@@ -38,7 +38,7 @@ impl<'a> LayerRunner<'a> {
     /// The layer's matrices as they are stored, on the device.
     pub fn load(&self, config: &LlavaConfig, weights: &dyn Source, index: usize) -> Result<Block> {
         let dtype = self.ops.weight_dtype();
-        Block::load(&Loader { ops: self.ops, weights, dtype }, &config.text, index)
+        Block::load(&Loader::new(self.ops, weights, dtype), &config.text, index)
     }
 
     /// The output of `block` for x `[tokens, hidden]`, a whole sequence; it is left in x. What happens inside is shown to `observer`.

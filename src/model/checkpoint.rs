@@ -450,7 +450,7 @@ impl<'a> Folder<'a> {
         let what = if names.is_empty() {
             "an empty folder"
         } else if has("adapter_config.json") {
-            "a LoRA adapter: not yet supported, merge it into its base model first"
+            "a LoRA adapter: name its base with --model and this folder with --lora"
         } else if has("config.json") {
             ""
         } else if has("mm_projector.bin") {

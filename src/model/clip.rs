@@ -10,7 +10,7 @@ use super::tape::{Saved, Work, copy};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{LayerNorm, Linear, Param, VisitParams};
-use crate::ops::grad::{self, GradOps};
+use crate::ops::grad::{self, GradOps, Update};
 use crate::ops::{Epilogue, Heads, KvSource, Span, Weight};
 use crate::tensor::Tensor;
 
@@ -152,15 +152,15 @@ impl Layer {
         spans: &[Span<'_>],
     ) -> Result<()> {
         self.norm1.forward(ops, &mut w.normed, x)?;
-        self.qkv.forward(ops, &mut s.qkv, &w.normed)?;
+        self.qkv.forward_training(ops, &mut s.qkv, &w.normed, Update::Set)?;
         ops.attention_lse(&mut s.attn, &mut s.lse, &s.qkv, spans, self.heads, false)?;
         copy(ops, &mut s.mid, x)?;
-        self.out.forward_add(ops, &mut s.mid, &s.attn)?;
+        self.out.forward_training(ops, &mut s.mid, &s.attn, Update::Add)?;
         self.norm2.forward(ops, &mut w.normed, &s.mid)?;
-        self.fc1.forward(ops, &mut s.mlp_in, &w.normed)?;
+        self.fc1.forward_training(ops, &mut s.mlp_in, &w.normed, Update::Set)?;
         ops.activate(&mut w.act, &s.mlp_in, by_itself(self.activation))?;
         copy(ops, y, &s.mid)?;
-        self.fc2.forward_add(ops, y, &w.act)
+        self.fc2.forward_training(ops, y, &w.act, Update::Add)
     }
 
     /// d_x, the gradient by y of [`Layer::forward_saving`], becomes that by x; those of parameters that are trained are added to.
@@ -187,9 +187,14 @@ impl Layer {
         self.norm1.backward(ops, d_x, &w.d_normed, x)
     }
 
+    /// Its linear layers.
+    pub(super) fn linears(&mut self) -> [&mut Linear; 4] {
+        [&mut self.qkv, &mut self.out, &mut self.fc1, &mut self.fc2]
+    }
+
     /// Makes room for gradients of all its parameters.
     fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
-        [&mut self.qkv, &mut self.out, &mut self.fc1, &mut self.fc2].into_iter().try_for_each(|l| l.train(ops))?;
+        self.linears().into_iter().try_for_each(|l| l.train(ops))?;
         [&mut self.norm1, &mut self.norm2].into_iter().try_for_each(|norm| norm.train(ops))
     }
 

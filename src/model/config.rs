@@ -169,6 +169,12 @@ pub struct LlavaConfig {
 }
 
 impl LlavaConfig {
+    /// Whether a canonical name is that of a layer of the tower that LLaVA does not run, so that it matters to nobody.
+    pub fn is_not_run(&self, canonical: &str) -> bool {
+        let layer = canonical.strip_prefix("clip.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        layer.is_some_and(|layer| (self.n_vision_layers..self.vision.n_layers).contains(&layer))
+    }
+
     /// The released models by name: `llava-1.5-7b` and `llava-1.5-13b`; none of another name.
     pub fn by_name(name: &str) -> Option<Self> {
         let (hidden_size, intermediate_size, n_layers, n_heads) = match name {

@@ -9,7 +9,7 @@ use super::stage::{Ctx, LinearInput, Stage};
 use super::tape::{Saved, Work, copy};
 use crate::error::{Error, Result};
 use crate::nn::{Linear, RmsNorm, VisitParams, rope_table};
-use crate::ops::grad::{GradOps, Rotation};
+use crate::ops::grad::{GradOps, Rotation, Update};
 use crate::ops::{Heads, KvLayer, KvSource, Matrix, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
@@ -36,7 +36,7 @@ impl Llama {
             embedding,
             blocks: (0..config.n_layers).map(|i| Block::load(loader, config, i)).collect::<Result<_>>()?,
             norm: loader.rms_norm("llama.norm", config.hidden_size, config.rms_norm_eps)?,
-            head: Linear::new(Weight::of(vec![head])?, None),
+            head: loader.with_lora(Linear::new(Weight::of(vec![head])?, None), &["llama.lm_head".to_owned()])?,
             embedding_grad: None,
             rope: rope_table(loader.ops, context_tokens, config.head_dim, config.rope_theta, &config.rope_scaling)?,
         })
@@ -184,16 +184,16 @@ impl Block {
         spans: &[Span<'_>],
     ) -> Result<()> {
         self.attn_norm.forward(ops, &mut w.normed, x)?;
-        self.qkv.forward(ops, &mut s.qkv, &w.normed)?;
+        self.qkv.forward_training(ops, &mut s.qkv, &w.normed, Update::Set)?;
         ops.rope(&mut s.qkv, rope, spans, self.heads, Rotation::Forward)?;
         ops.attention_lse(&mut s.attn, &mut s.lse, &s.qkv, spans, self.heads, true)?;
         copy(ops, &mut s.mid, x)?;
-        self.out.forward_add(ops, &mut s.mid, &s.attn)?;
+        self.out.forward_training(ops, &mut s.mid, &s.attn, Update::Add)?;
         self.mlp_norm.forward(ops, &mut w.normed, &s.mid)?;
-        self.gate_up.forward(ops, &mut s.mlp_in, &w.normed)?;
+        self.gate_up.forward_training(ops, &mut s.mlp_in, &w.normed, Update::Set)?;
         ops.silu_mul(&mut w.act, &s.mlp_in)?;
         copy(ops, y, &s.mid)?;
-        self.down.forward_add(ops, y, &w.act)
+        self.down.forward_training(ops, y, &w.act, Update::Add)
     }
 
     /// d_x, the gradient by y of [`Block::forward_saving`], becomes that by x; those of parameters that are trained are added to.
@@ -222,9 +222,14 @@ impl Block {
         self.attn_norm.backward(ops, d_x, &w.d_normed, x)
     }
 
+    /// Its linear layers.
+    pub(super) fn linears(&mut self) -> [&mut Linear; 4] {
+        [&mut self.qkv, &mut self.out, &mut self.gate_up, &mut self.down]
+    }
+
     /// Makes room for gradients of all its parameters.
     pub(super) fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
-        [&mut self.qkv, &mut self.out, &mut self.gate_up, &mut self.down].into_iter().try_for_each(|l| l.train(ops))?;
+        self.linears().into_iter().try_for_each(|l| l.train(ops))?;
         [&mut self.attn_norm, &mut self.mlp_norm].into_iter().try_for_each(|norm| norm.train(ops))
     }
 
@@ -254,7 +259,7 @@ impl Block {
         let ops = ctx.ops;
         self.attn_norm.forward(ops, &mut all.normed, &all.x)?;
         ctx.observe(Stage::DecoderLinear(LinearInput::Qkv), &all.normed)?;
-        ops.linear(&mut all.qkv, &all.normed, &self.qkv.weight.select(1..3), None, crate::ops::Epilogue::Store)?;
+        self.qkv.forward_parts(ops, &mut all.qkv, &all.normed, 1..3)?;
         // The output rows' own q, k and v go back among the others to be rotated with them.
         self.attn_norm.forward(ops, &mut tail.normed, &tail.x)?;
         self.qkv.forward(ops, &mut tail.qkv, &tail.normed)?;

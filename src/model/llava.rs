@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::ops::{KvLayer, Ops, RowCopy, Span};
 use crate::tensor::Tensor;
 use crate::weights::Source;
+use crate::weights::adapter::Adapter;
 
 /// Pictures that go through the tower at once: bounds its activations.
 pub const IMAGES_AT_ONCE: usize = 4;
@@ -48,7 +49,7 @@ pub struct Llava {
 impl Llava {
     /// Loads the model; `dtype` converts matrices, `None` keeps them as they are stored.
     pub fn load(ops: &dyn Ops, config: &LlavaConfig, weights: &dyn Source, dtype: Option<DType>) -> Result<Self> {
-        let loader = Loader { ops, weights, dtype };
+        let loader = Loader::new(ops, weights, dtype);
         let load = || {
             Ok(Self {
                 clip: Clip::load(&loader, &config.vision, config.n_vision_layers)?,
@@ -62,6 +63,23 @@ impl Llava {
             _ => "take a smaller model, or run with --device cpu",
         };
         load().map_err(|e: Error| e.lacking_for("the model's weights", advice))
+    }
+
+    /// As [`Llava::load`], with an adapter over the weights, if there is one.
+    ///
+    /// # Errors
+    /// If the adapter does not fit the model: the tensor is named.
+    pub fn load_adapted(
+        ops: &dyn Ops,
+        config: &LlavaConfig,
+        weights: &dyn Source,
+        adapter: Option<&Adapter>,
+        dtype: Option<DType>,
+    ) -> Result<Self> {
+        let Some(adapter) = adapter else { return Self::load(ops, config, weights, dtype) };
+        let model = Self::load(ops, config, &adapter.over(weights), dtype)?;
+        adapter.expect_taken(|name| config.is_not_run(name))?;
+        Ok(model)
     }
 
     /// Its configuration.

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::nn::{LayerNorm, Linear, RmsNorm};
+use crate::nn::{LayerNorm, Linear, Lora, RmsNorm, Scratch};
 use crate::ops::{Matrix, Ops, Packed, Weight};
 use crate::tensor::Tensor;
-use crate::weights::Source;
+use crate::weights::{LowRank, Source};
 
 /// Takes tensors out of a checkpoint by their canonical names and puts them on a device.
 pub struct Loader<'a> {
@@ -17,17 +17,26 @@ pub struct Loader<'a> {
     pub weights: &'a dyn Source,
     /// What matrices are converted to; `None` keeps each as it is stored, mapped and not copied.
     pub dtype: Option<DType>,
+    /// What low-rank additions work in.
+    scratch: Scratch,
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
+    /// From `weights` to the device `ops`; `dtype` as in the field of that name.
+    pub fn new(ops: &'a dyn Ops, weights: &'a dyn Source, dtype: Option<DType>) -> Self {
+        Self { ops, weights, dtype, scratch: Scratch::default() }
+    }
     /// A matrix or table of this shape.
     pub fn matrix(&self, name: &str, shape: &[usize]) -> Result<Arc<Tensor>> {
-        let tensor = self.weights.tensor(name, shape)?;
-        let tensor = match self.dtype {
+        Ok(Arc::new(self.place(self.weights.tensor(name, shape)?)?))
+    }
+
+    /// Brings a matrix to the device, converted if it must be.
+    fn place(&self, tensor: Tensor) -> Result<Tensor> {
+        self.ops.upload(match self.dtype {
             Some(dtype) if dtype != tensor.dtype() => tensor.converted(dtype),
             _ => tensor,
-        };
-        Ok(Arc::new(self.ops.upload(tensor)?))
+        })
     }
 
     /// A bias, norm weight or small table: widened to f32, in which it costs nothing.
@@ -37,8 +46,38 @@ impl Loader<'_> {
 
     /// y = x·Wᵀ: the matrices `prefix.{name}.weight`, `[n, k]` each, stacked.
     pub fn linear(&self, prefix: &str, parts: &[(&str, usize)], k: usize) -> Result<Linear> {
-        let matrices = parts.iter().map(|(name, n)| self.module(&format!("{prefix}.{name}"), *n, k)).collect::<Result<_>>()?;
-        Ok(Linear::new(Weight::of(matrices)?, None))
+        let names: Vec<_> = parts.iter().map(|(name, _)| format!("{prefix}.{name}")).collect();
+        let matrices = names.iter().zip(parts).map(|(name, (_, n))| self.module(name, *n, k)).collect::<Result<_>>()?;
+        self.with_lora(Linear::new(Weight::of(matrices)?, None), &names)
+    }
+
+    /// The layer, with what is added to its parts, which are the modules `names`.
+    pub fn with_lora(&self, mut linear: Linear, names: &[String]) -> Result<Linear> {
+        let mut first_col = 0;
+        for (part, (name, matrix)) in names.iter().zip(&linear.weight.parts).enumerate() {
+            if let Some(low_rank) = self.weights.low_rank(name, matrix.n(), matrix.k())? {
+                linear.lora.push(self.lora(part, first_col, low_rank)?);
+            }
+            first_col += matrix.n();
+        }
+        Ok(linear)
+    }
+
+    /// One that learns is f32 and keeps its scale apart; else that is multiplied into B.
+    fn lora(&self, part: usize, first_col: usize, low_rank: LowRank) -> Result<Lora> {
+        let scratch = self.scratch.clone();
+        match low_rank.learned {
+            None => {
+                let b = low_rank.scaled_b();
+                Lora::new(part, first_col, self.place(low_rank.a)?, self.place(b)?, scratch)
+            }
+            Some(learned) => {
+                let LowRank { a, b, scale, .. } = low_rank;
+                let mut lora = Lora::new(part, first_col, self.ops.upload(a)?, self.ops.upload(b)?, scratch)?;
+                lora.learn(self.ops, scale, learned.dropout, learned.seed)?;
+                Ok(lora)
+            }
+        }
     }
 
     /// The matrix `[n, k]` of a module, as it is stored.

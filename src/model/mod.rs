@@ -12,6 +12,7 @@ mod keys;
 mod llama;
 mod llava;
 mod load;
+pub mod merge;
 mod preprocess_json;
 mod projector;
 mod quantized;

@@ -5,7 +5,7 @@ use super::config::ProjectorConfig;
 use super::load::Loader;
 use crate::error::Result;
 use crate::nn::{Linear, VisitParams};
-use crate::ops::grad::GradOps;
+use crate::ops::grad::{GradOps, Update};
 use crate::ops::{Epilogue, Ops};
 use crate::tensor::Tensor;
 
@@ -64,7 +64,7 @@ impl Projector {
             let x = &saved.xs[i];
             let alloc = || ops.alloc(&[x.rows(), layer.weight.n()], ops.activation_dtype());
             let mut r = alloc()?;
-            layer.forward(ops, &mut r, x)?;
+            layer.forward_training(ops, &mut r, x, Update::Set)?;
             if i + 1 < self.layers.len() {
                 let mut y = alloc()?;
                 ops.activate(&mut y, &r, by_itself(self.activation))?;

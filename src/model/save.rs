@@ -1,5 +1,6 @@
 //! A checkpoint written anew: in the layout that it was read in, with all that belongs to it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -7,8 +8,9 @@ use serde_json::{Map, Value, json};
 
 use super::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::weights::files;
-use crate::weights::write::{copy_whole, write_whole};
+use crate::tensor::Tensor;
+use crate::weights::write::{Planned, Writer, copy_whole, write_whole};
+use crate::weights::{Source, StoredDType, files};
 
 /// The only weight file of a folder that is written here.
 pub const WEIGHTS: &str = "model.safetensors";
@@ -57,6 +59,65 @@ pub fn companions(model: &Path, checkpoint: &Checkpoint, output: &Path) -> Resul
     fs::create_dir_all(&to).map_err(|e| Error::io(&to, e))?;
     copy(tower, &to)?;
     copy_whole(&tower.join("config.json"), &to.join("config.json"))
+}
+
+/// A checkpoint that is written anew: in its layout and its dtypes, with other values.
+pub struct Rewrite<'a> {
+    checkpoint: &'a Checkpoint,
+    /// What is not written yet, by canonical name.
+    missing: BTreeMap<String, Planned>,
+    writer: Writer,
+}
+
+impl<'a> Rewrite<'a> {
+    /// Begins the weights of `checkpoint` in the folder `output`.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub fn begin(checkpoint: &'a Checkpoint, output: &Path) -> Result<Self> {
+        let mut missing = BTreeMap::new();
+        for entry in checkpoint.weights.entries() {
+            let (Some(canonical), StoredDType::Known(dtype)) = (entry.canonical, entry.dtype) else { continue };
+            missing.insert(canonical, Planned { name: entry.source, shape: entry.shape, dtype });
+        }
+        let planned: Vec<_> = missing.values().cloned().collect();
+        Ok(Self { checkpoint, missing, writer: Writer::create(&output.join(WEIGHTS), &planned)? })
+    }
+
+    /// Canonical name and shape of each tensor.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        self.missing.iter().map(|(name, planned)| (name.clone(), planned.shape.clone())).collect()
+    }
+
+    /// Writes the tensor of this canonical name, rounded to the dtype that it has there.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    ///
+    /// # Panics
+    /// If the checkpoint has no such tensor.
+    pub fn put(&mut self, canonical: &str, tensor: &Tensor) -> Result<()> {
+        let planned = self.missing.remove(canonical).unwrap_or_else(|| panic!("the checkpoint has no {canonical}"));
+        match tensor.dtype() == planned.dtype {
+            true => self.writer.write(&planned.name, tensor.as_bytes()),
+            false => self.writer.write(&planned.name, tensor.converted(planned.dtype).as_bytes()),
+        }
+    }
+
+    /// Writes all other tensors as they were, and what belongs to the checkpoint from the folder `model`, into the folder `output`.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn finish(mut self, model: &Path, output: &Path) -> Result<()> {
+        for (canonical, Planned { name, shape, .. }) in &self.missing {
+            let tensor = self.checkpoint.weights.tensor(canonical, shape)?;
+            self.writer.write(name, tensor.as_bytes())?;
+            tensor.release();
+        }
+        self.writer.finish()?;
+        companions(model, self.checkpoint, output)?;
+        configuration(model, self.checkpoint, output, |_| {})
+    }
 }
 
 /// Writes `config.json`: the old one, with what `change` makes of it. It comes last: a folder without it is no checkpoint.

@@ -148,11 +148,41 @@ impl Llava {
         Ok(())
     }
 
+    /// Says which pass is next, of those that drop something of what low-rank additions take; none, as at first, drops nothing.
+    pub fn set_pass(&mut self, pass: Option<u64>) {
+        let tower = self.clip.layers.iter_mut().flat_map(|layer| layer.linears());
+        let decoder = self.llama.blocks.iter_mut().flat_map(|block| block.linears());
+        tower.chain(decoder).flat_map(|linear| &mut linear.lora).for_each(|lora| lora.set_pass(pass));
+    }
+
+    /// Makes the projector's matrices dense, so that it can be trained whole.
+    pub fn unpack_projector(&mut self, ops: &dyn GradOps) -> Result<()> {
+        self.projector.layers.iter_mut().try_for_each(|layer| layer.unpack(ops))
+    }
+
     /// Shows the parameters that are trained, in an order that is always the same.
     pub fn visit_params(&mut self, visit: VisitParams<'_>) -> Result<()> {
         self.clip.visit(visit)?;
         self.projector.visit(visit)?;
         self.llama.visit(visit)
+    }
+
+    /// Hands what was learned to `take`, tensor by tensor: canonical name, and values on the host.
+    ///
+    /// # Errors
+    /// Those of `take`.
+    pub fn visit_learned(&mut self, ops: &dyn GradOps, take: &mut dyn FnMut(&str, Tensor) -> Result<()>) -> Result<()> {
+        self.visit_params(&mut |param| {
+            // Biases of several modules are one parameter.
+            let (names, kind) = param.name.rsplit_once('.').expect("names of parameters end with their kind");
+            let names: Vec<_> = names.split('+').collect();
+            if let [_] = names[..] {
+                return take(param.name, ops.to_host(param.value)?);
+            }
+            let value = ops.download(param.value)?;
+            let mut parts = names.iter().zip(value.chunks(value.len() / names.len()));
+            parts.try_for_each(|(name, value)| take(&format!("{name}.{kind}"), Tensor::from_slice(&[value.len()], value)))
+        })
     }
 
     /// The sum of the losses of all tokens to be learned, in nats; the gradients of `scale` times it are added to those of the parameters.
@@ -349,10 +379,10 @@ impl Clip {
             }
             v.stack.backward(i, |x, s, w, d_x| layer.backward(ops, x, s, w, d_x, &spans))?;
         }
+        let Some([d_class, d_positions]) = &mut self.grad else { return Ok(()) };
         v.d_embedded.set_rows(v.embedded.rows());
         ops.clear(&mut v.d_embedded)?;
         self.pre_norm.backward(ops, &mut v.d_embedded, &v.stack.d_x, &v.embedded)?;
-        let Some([d_class, d_positions]) = &mut self.grad else { return Ok(()) };
         ops.clip_embed_backward(&mut v.patch_embeddings, d_class, d_positions, &v.d_embedded)?;
         self.patch_embedding.backward(ops, None, &v.patch_embeddings, &v.patches)
     }

@@ -1,11 +1,13 @@
 //! Layers with weights: a matrix and its storage, a norm and its epsilon, a rotary table.
 
 mod linear;
+mod lora;
 mod norm;
 mod param;
 mod rope;
 
 pub use linear::{Linear, LinearGrad, own_f32};
+pub use lora::{Lora, Scratch};
 pub use norm::{LayerNorm, RmsNorm};
 pub use param::{Param, VisitParams};
 pub use rope::{RopeScaling, rope_table};

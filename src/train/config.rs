@@ -258,6 +258,11 @@ impl Config {
         differing.map(|s| format!("{}: {} there, {} here", s.key, value(&there, s.key), value(&here, s.key))).collect()
     }
 
+    /// Whether anything learns by low-rank additions, so that the result is an adapter.
+    pub fn has_lora(&self) -> bool {
+        self.tune == Tune::Lora || self.tune_vision == TuneVision::Lora
+    }
+
     /// The conversation template, unless it is the checkpoint's own.
     ///
     /// # Errors

@@ -17,8 +17,8 @@ pub struct Size {
 /// FLOPs of a batch's forward and backward, a multiplication and an addition two; nothing that is computed again counts.
 ///
 /// A matrix costs 2 a weight and token forward, as many for the gradient by its input where that leads on to something that learns, and as
-/// many for its own where it learns. Attention costs 4·head_dim a pair and head, and 8 on the way back. Norms and the like cost nothing.
-pub fn model_flops(config: &LlavaConfig, trained: Trained, batch: &Size) -> f64 {
+/// many for its own where it learns; `n_added` parameters of low-rank additions, in decoder and tower, all learn. Attention costs 4·head_dim a pair and head, and 8 on the way back. Norms and the like cost nothing.
+pub fn model_flops(config: &LlavaConfig, trained: Trained, n_added: [usize; 2], batch: &Size) -> f64 {
     let passes = |dx: bool, dw: bool| 1.0 + f64::from(u8::from(dx)) + f64::from(u8::from(dw));
     let product = |rows: usize, weights: usize, dx: bool, dw: bool| 2.0 * rows as f64 * weights as f64 * passes(dx, dw);
     let attention = |pairs: usize, width: usize, n_layers: usize, back: bool| {
@@ -29,7 +29,8 @@ pub fn model_flops(config: &LlavaConfig, trained: Trained, batch: &Size) -> f64 
     let (v, t) = (&config.vision, &config.text);
     let n_tokens: usize = batch.lengths.iter().sum();
     // Down to the embeddings: of pictures if the projector learns, of words if the decoder does.
-    let back = trained.vision || trained.projector || trained.decoder;
+    let back = trained.vision || trained.projector || trained.decoder || n_added != [0; 2];
+    let back_to_tower = trained.vision || n_added[1] > 0;
     let heads = t.heads();
     let layer = t.hidden_size * (heads.qkv_width() + heads.q_width() + 3 * t.intermediate_size);
     let pairs = batch.lengths.iter().map(|n| n * (n + 1) / 2).sum();
@@ -42,7 +43,7 @@ pub fn model_flops(config: &LlavaConfig, trained: Trained, batch: &Size) -> f64 
         ProjectorConfig::Identity => 0.0,
         ProjectorConfig::Mlp { n_linear, .. } => {
             let others = (n_linear - 1) * t.hidden_size * t.hidden_size;
-            product(n_features, v.hidden_size * t.hidden_size, trained.vision, trained.projector)
+            product(n_features, v.hidden_size * t.hidden_size, back_to_tower, trained.projector)
                 + product(n_features, others, back, trained.projector)
         }
     };
@@ -51,10 +52,11 @@ pub fn model_flops(config: &LlavaConfig, trained: Trained, batch: &Size) -> f64 
     let layer = v.hidden_size * (4 * v.hidden_size + 2 * v.intermediate_size);
     let n_layers = config.n_vision_layers;
     let patch = 3 * v.patch_size * v.patch_size;
-    let vision = product(batch.n_images * n_seen, layer * n_layers, trained.vision, trained.vision)
-        + attention(batch.n_images * n_seen * n_seen, v.hidden_size, n_layers, trained.vision)
+    let vision = product(batch.n_images * n_seen, layer * n_layers, back_to_tower, trained.vision)
+        + attention(batch.n_images * n_seen * n_seen, v.hidden_size, n_layers, back_to_tower)
         + product(batch.n_images * n_patches, patch * v.hidden_size, false, trained.vision);
-    decoder + projector + vision
+    let added = product(n_tokens, n_added[0], true, true) + product(batch.n_images * n_seen, n_added[1], true, true);
+    decoder + projector + vision + added
 }
 
 #[cfg(test)]
@@ -66,7 +68,7 @@ mod tests {
     fn a_step_costs_what_its_weights_say() {
         let config = LlavaConfig::by_name("llava-1.5-7b").unwrap();
         let batch = |n_images| Size { lengths: vec![1024; 4], n_images, n_learned: 4096 };
-        let flops = |trained, n_images| model_flops(&config, trained, &batch(n_images));
+        let flops = |trained, n_images| model_flops(&config, trained, [0; 2], &batch(n_images));
         let of = |vision, projector, decoder| Trained { vision, projector, decoder };
         let close = |got: f64, expected: f64| assert!((got / expected - 1.0).abs() < 1e-3, "{got:e}, expected {expected:e}");
         // Attention: 4 sequences of 1024·1025/2 pairs, 32 layers of width 4096, 4 FLOPs, three times.
@@ -83,6 +85,9 @@ mod tests {
             pictures,
             2.0 * 4.0 * (577.0 * 23.0 * 12.58e6 + 576.0 * 0.6e6) + attention + 4.0 * 576.0 * (4.0 * 4.19e6 + 6.0 * 16.78e6),
         );
+        // Additions of 160 million parameters, which learn in a decoder that does not.
+        let frozen = of(false, true, false);
+        close(model_flops(&config, frozen, [160_000_000, 0], &batch(0)) - flops(frozen, 0), 6.0 * 4096.0 * 160e6);
         let tower = 2.0 * (2.0 * 4.0 * 577.0 * 23.0 * 12.58e6 + attention);
         let ends = 2.0 * 4.0 * 576.0 * (0.6e6 + 4.19e6);
         close(flops(of(true, true, false), 4) - flops(of(false, true, false), 4), tower + ends);

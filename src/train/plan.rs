@@ -3,9 +3,10 @@
 use super::config::Config;
 use super::data::Dataset;
 use super::flops::{Size, model_flops};
+use super::lora;
 use super::mask::Masker;
 use super::rows::{Rows, lengths};
-use super::run::{course, supported};
+use super::run::{course, supported, trained_whole};
 use crate::data::Row;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -47,8 +48,11 @@ impl Plan {
     /// # Errors
     /// As [`Trainer::new`](super::run::Trainer::new), as far as the model's weights have no part in it.
     pub fn of(config: &Config, checkpoint: &Checkpoint, masker: &Masker<'_>, data: Dataset, max_bad: usize) -> Result<Self> {
-        checkpoint.expect_unpacked()?;
+        if !config.has_lora() {
+            checkpoint.expect_unpacked()?;
+        }
         let (trained, recompute) = supported(config)?;
+        let (whole, n_added) = (trained_whole(config), lora::n_added(config, &checkpoint.config));
         let (mut rows, mut eval_rows) = Rows::split(config, data, max_bad)?;
         let laid_out = laid_out(masker, &mut rows)?;
         let (mut sampler, n_steps) = course(config, lengths(config, masker, &mut rows)?)?;
@@ -81,7 +85,7 @@ impl Plan {
             for batch in sampler.next_step() {
                 let size = largest(&rows, &laid_out, &batch)?;
                 plan.n_tokens += size.lengths.iter().sum::<usize>();
-                plan.tflop += model_flops(&checkpoint.config, trained, &size) / 1e12;
+                plan.tflop += model_flops(&checkpoint.config, whole, n_added, &size) / 1e12;
             }
         }
         if let Some(rows) = &mut eval_rows {
@@ -91,7 +95,8 @@ impl Plan {
                 largest(rows, &laid_out, batch)?;
             }
         }
-        plan.add_memory(checkpoint, trained, recompute, n_pixels)?;
+        plan.n_trained = n_added.iter().sum();
+        plan.add_memory(config, checkpoint, trained, recompute, n_pixels)?;
         Ok(plan)
     }
 
@@ -100,15 +105,22 @@ impl Plan {
         self.memory.iter().map(|(_, bytes)| bytes).sum()
     }
 
-    fn add_memory(&mut self, checkpoint: &Checkpoint, trained: Trained, recompute: Recompute, n_pixels: usize) -> Result<()> {
-        let config = &checkpoint.config;
-        let (mut frozen, mut n_trained) = (0, 0);
+    fn add_memory(
+        &mut self,
+        settings: &Config,
+        checkpoint: &Checkpoint,
+        trained: Trained,
+        recompute: Recompute,
+        n_pixels: usize,
+    ) -> Result<()> {
+        let (config, whole) = (&checkpoint.config, trained_whole(settings));
+        let (mut frozen, mut n_trained) = (0, self.n_trained);
         for entry in checkpoint.weights.entries() {
             let Some(name) = entry.canonical.filter(|name| is_run(name, config)) else { continue };
             let learns = match name.split('.').next() {
-                Some("clip") => trained.vision,
-                Some("projector") => trained.projector,
-                _ => trained.decoder,
+                Some("clip") => whole.vision,
+                Some("projector") => whole.projector,
+                _ => whole.decoder,
             };
             if learns { n_trained += entry.parameters } else { frozen += entry.bytes }
         }
@@ -130,6 +142,8 @@ impl Plan {
         let widest = t.heads().qkv_width().max(2 * t.intermediate_size).max(t.hidden_size);
         let seen = n_images * (1 + v.n_patches());
         let widest_seen = if trained.vision { (3 * v.hidden_size).max(v.intermediate_size) } else { 0 };
+        // What low-rank additions take of a layer's inputs, less what is dropped, and that times A.
+        let dropped = if settings.has_lora() { n_tokens * (t.intermediate_size + settings.lora_r as usize) } else { 0 };
         let copies = (n_tokens * widest).max(LOSS_ROWS * t.vocab_size).max(seen * widest_seen);
         self.memory = vec![
             ("weights that do not learn, mapped", frozen),
@@ -139,7 +153,7 @@ impl Plan {
             ("activations", Counted::bytes(DType::F32, |room| Tape::plan(room, config, trained, n_tokens, n_images, recompute))?),
             ("vision tower and projector", tower + n_features * (v.hidden_size + n_projected) * float),
             ("pictures", n_pixels * CHANNELS + n_images * CHANNELS * v.image_size.pow(2) * float),
-            ("copies of operands", copies * float),
+            ("copies of operands", (copies + dropped) * float),
         ];
         Ok(())
     }

@@ -12,6 +12,7 @@ use super::checkpoint::{self, Place};
 use super::config::{AspectRatio, Config, Precision, Tune, TuneVision};
 use super::data::Dataset;
 use super::flops::{Size, model_flops};
+use super::lora;
 use super::mask::Masker;
 use super::optim::Optimizer;
 use super::rows::{Loaded, Rows, lengths};
@@ -25,8 +26,6 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::{Llava, Recompute, Tape, Trained, save};
 use crate::ops::Ops;
 use crate::tensor::Tensor;
-use crate::weights::write::{Planned, Writer};
-use crate::weights::{Source, StoredDType};
 
 /// A model that is being trained, and what it is trained by.
 pub struct Trainer<'a> {
@@ -88,7 +87,9 @@ impl<'a> Trainer<'a> {
         n_threads: usize,
         max_bad_rows: usize,
     ) -> Result<Self> {
-        checkpoint.expect_unpacked()?;
+        if !config.has_lora() {
+            checkpoint.expect_unpacked()?;
+        }
         let (trained, recompute) = supported(config)?;
         let of_rows = checkpoint::fingerprint(data.hashes());
         let (mut rows, mut eval_rows) = Rows::split(config, data, max_bad_rows)?;
@@ -96,8 +97,8 @@ impl<'a> Trainer<'a> {
         let lengths = lengths(config, &masker, &mut rows)?;
         let (sampler, n_steps) = course(config, lengths)?;
         let ops = Cpu::new(n_threads, DType::F32)?;
-        let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, None)?;
-        model.train(&ops, trained)?;
+        let mut model = lora::load(&ops, config, checkpoint)?;
+        model.train(&ops, trained_whole(config))?;
         let mut preprocess = checkpoint.config.preprocess.clone();
         match config.image_aspect_ratio {
             Some(AspectRatio::Pad) => preprocess.fit = Fit::Pad,
@@ -206,9 +207,11 @@ impl<'a> Trainer<'a> {
             ms: 0.0,
         };
         let batches = self.sampler.next_step();
-        for rows in &batches {
+        for (i, rows) in batches.iter().enumerate() {
+            self.model.set_pass(Some((self.n_done * self.config.accumulation as usize + i) as u64));
             self.learn(rows, batches.len(), &mut done).map_err(|e| e.within(format_args!("step {}", done.step)))?;
         }
+        self.model.set_pass(None);
         // Where no row could be used there are no gradients, and moments alone would move the parameters.
         if done.n_learned > 0 {
             let updated = self.optimizer.step(&self.ops, &mut self.model, self.schedule.factor(self.n_done));
@@ -286,44 +289,28 @@ impl<'a> Trainer<'a> {
         done.n_tokens += loaded.slots.len();
         done.n_learned += n_learned;
         let size = Size { n_images: loaded.images.len(), lengths: loaded.lengths, n_learned };
-        done.tflop += model_flops(&self.checkpoint.config, self.trained, &size) / 1e12;
+        let (config, model) = (self.config, &self.checkpoint.config);
+        done.tflop += model_flops(model, trained_whole(config), lora::n_added(config, model), &size) / 1e12;
         Ok(())
     }
 
-    /// Writes the model into the folder `output`, in the layout and the dtypes of the checkpoint from the folder `model` that it was.
+    /// Writes the model into the folder `output`, in the layout and the dtypes of the checkpoint from the folder `model` that it was; of LoRA
+    /// what is over that ([`lora::save`]).
     ///
     /// # Errors
     /// If the folder cannot be written.
     pub fn save(&mut self, model: &Path, output: &Path) -> Result<()> {
-        let weights = &self.checkpoint.weights;
-        let mut tensors = BTreeMap::new();
-        for entry in weights.entries() {
-            let (Some(canonical), StoredDType::Known(dtype)) = (entry.canonical, entry.dtype) else { continue };
-            tensors.insert(canonical, Planned { name: entry.source, shape: entry.shape, dtype });
+        if self.config.has_lora() {
+            let mut learned = BTreeMap::new();
+            self.model.visit_learned(&self.ops, &mut |name, tensor| {
+                learned.insert(name.to_owned(), tensor);
+                Ok(())
+            })?;
+            return lora::save(self.config, self.checkpoint, learned, model, output);
         }
-        let planned: Vec<_> = tensors.values().cloned().collect();
-        let mut writer = Writer::create(&output.join(save::WEIGHTS), &planned)?;
-        let ops = &self.ops;
-        self.model.visit_params(&mut |param| {
-            // Biases of several modules are one parameter.
-            let (names, kind) = param.name.rsplit_once('.').expect("names of parameters end with their kind");
-            let names: Vec<_> = names.split('+').collect();
-            let value = ops.download(param.value)?;
-            for (name, value) in names.iter().zip(value.chunks(value.len() / names.len())) {
-                let planned = tensors.remove(&format!("{name}.{kind}"));
-                let Planned { name, shape, dtype } = planned.unwrap_or_else(|| panic!("learned, but of no file: {name}.{kind}"));
-                writer.write(&name, Tensor::from_slice(&shape, value).converted(dtype).as_bytes())?;
-            }
-            Ok(())
-        })?;
-        for (canonical, Planned { name, shape, .. }) in &tensors {
-            let tensor = weights.tensor(canonical, shape)?;
-            writer.write(name, tensor.as_bytes())?;
-            tensor.release();
-        }
-        writer.finish()?;
-        save::companions(model, self.checkpoint, output)?;
-        save::configuration(model, self.checkpoint, output, |_| {})
+        let mut rewrite = save::Rewrite::begin(self.checkpoint, output)?;
+        self.model.visit_learned(&self.ops, &mut |name, tensor| rewrite.put(name, &tensor))?;
+        rewrite.finish(model, output)
     }
 }
 
@@ -375,18 +362,14 @@ fn refuse<T>(what: &str, instead: &str) -> Result<T> {
     Err(Error::Unsupported(format!("{what} is not there yet: take {instead}")))
 }
 
+/// What learns by itself, not by additions of low rank.
+pub(super) fn trained_whole(config: &Config) -> Trained {
+    Trained { vision: config.tune_vision == TuneVision::Full, projector: true, decoder: config.tune == Tune::Full }
+}
+
 /// What is to be trained and what is computed again, if this version can do what the settings ask for.
 pub(super) fn supported(config: &Config) -> Result<(Trained, Recompute)> {
-    let decoder = match config.tune {
-        Tune::Lora => return refuse("tune = \"lora\"", "tune = \"projector\" or \"full\""),
-        Tune::Projector => false,
-        Tune::Full => true,
-    };
-    let vision = match config.tune_vision {
-        TuneVision::Lora => return refuse("tune_vision = \"lora\"", "tune_vision = \"off\" or \"full\""),
-        TuneVision::Off => false,
-        TuneVision::Full => true,
-    };
+    let (vision, decoder) = (config.tune_vision != TuneVision::Off, config.tune != Tune::Projector);
     if config.dtype != Precision::F32 {
         return refuse("training in 16 bits", "dtype = \"f32\"");
     }

@@ -5,6 +5,7 @@
 //! and nothing is ever executed. The one thing that cannot be checked is the future: if another program truncates a mapped file, the
 //! operating system ends this one with SIGBUS. Files are little-endian, as is every machine that this crate runs on.
 
+pub mod adapter;
 pub mod blocks;
 pub mod files;
 pub mod gguf;
@@ -18,6 +19,7 @@ pub mod random;
 pub mod recipe;
 mod repack;
 pub mod safetensors;
+pub mod torch_write;
 pub mod torch_zip;
 pub mod write;
 
@@ -115,6 +117,44 @@ pub trait Source {
     /// # Errors
     /// [`Error::Tensor`] if they are no such matrix.
     fn packed(&self, module: &str, n: usize, k: usize) -> Result<Option<Packed>>;
+
+    /// What is added to the matrix `[n, k]` of the module of this canonical name, if anything is.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if its factors do not fit the matrix.
+    fn low_rank(&self, _module: &str, _n: usize, _k: usize) -> Result<Option<LowRank>> {
+        Ok(None)
+    }
+}
+
+/// A low-rank addition to a matrix `[n, k]`: scale·B·A.
+#[derive(Debug)]
+pub struct LowRank {
+    /// A `[r, k]`.
+    pub a: Tensor,
+    /// B `[n, r]`.
+    pub b: Tensor,
+    /// α/r, or what else an adapter says.
+    pub scale: f32,
+    /// How it learns, if it does.
+    pub learned: Option<Learned>,
+}
+
+/// What of the input of an addition is dropped while it learns.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Learned {
+    /// Share of the elements.
+    pub dropout: f32,
+    /// Tells the bits of this addition from those of others.
+    pub seed: u64,
+}
+
+impl LowRank {
+    /// B·scale, in B's own dtype.
+    pub fn scaled_b(&self) -> Tensor {
+        let scaled: Vec<f32> = self.b.to_f32().iter().map(|b| b * self.scale).collect();
+        Tensor::from_slice(self.b.shape(), &scaled).converted(self.b.dtype())
+    }
 }
 
 /// The tensors of a checkpoint by canonical name, wherever they lie.
@@ -194,6 +234,20 @@ impl Store {
         Ok(())
     }
 
+    /// As [`Store::add`], of a file whose tensors have the names that `canonical` tells.
+    ///
+    /// # Errors
+    /// As [`Store::add`]; [`Error::Tensor`] with what `canonical` says of a name.
+    pub fn add_as(&mut self, file: &Path, canonical: impl Fn(&str) -> Result<Option<String>, String>) -> Result<()> {
+        let map = map(file)?;
+        let file: Arc<Path> = file.into();
+        for located in read(&file, &map)? {
+            let name = canonical(&located.name).map_err(|problem| Error::tensor(&located.name, &file, problem))?;
+            self.insert(&file, located, name, &[Part::Clip, Part::Projector, Part::Llama])?;
+        }
+        Ok(())
+    }
+
     /// As [`Store::add`], of a GGUF file that is open; the rows of the decoder's queries and keys are put in our order, for heads of `head_dim`.
     ///
     /// # Errors
@@ -243,6 +297,11 @@ impl Store {
     /// Shape of the tensor of this canonical name, if there is one.
     pub fn shape(&self, canonical: &str) -> Option<&[usize]> {
         self.find(canonical).map(|stored| stored.located.shape.as_slice())
+    }
+
+    /// What its file calls the tensor of this canonical name, if there is one.
+    pub fn source(&self, canonical: &str) -> Option<&str> {
+        self.find(canonical).map(|stored| stored.located.name.as_str())
     }
 
     /// Number format of the tensor of this canonical name, if there is one.

@@ -137,6 +137,33 @@ pub fn spellings(canonical: &str) -> Vec<String> {
     }
 }
 
+/// Whose names of modules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// transformers', of version 5; its decoder and projector are called so since 4.52.
+    Hf,
+    /// haotian-liu/LLaVA's.
+    Original,
+}
+
+/// The name within a model of that dialect of the tensor `canonical`, which is in a layer, in the tower or in the projector.
+pub fn spelling(canonical: &str, dialect: Dialect) -> String {
+    let starts = match dialect {
+        Dialect::Hf => ["model.language_model.", "model.vision_tower.", "model.multi_modal_projector."],
+        Dialect::Original => ["model.", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."],
+    };
+    let part = match Part::of(canonical) {
+        Some(Part::Llama) => 0,
+        Some(Part::Clip) => 1,
+        Some(Part::Projector) => 2,
+        None => return canonical.to_owned(),
+    };
+    let spelt = spellings(canonical).into_iter().filter(|name| name.starts_with(starts[part]));
+    // Others that begin so have more in front of the same end; but the projector's first layer may go without a number.
+    let spelt = if part == 2 { spelt.max_by_key(String::len) } else { spelt.min_by_key(String::len) };
+    spelt.unwrap_or_else(|| canonical.to_owned())
+}
+
 fn llama(suffix: &str) -> Option<String> {
     let known = matches!(suffix, "embed_tokens.weight" | "norm.weight") || in_layer(suffix, "layers.", &LLAMA_MODULES);
     known.then(|| format!("llama.{suffix}"))
@@ -212,6 +239,31 @@ mod tests {
             for spelling in spellings {
                 assert_eq!(canonical(&spelling).as_deref(), Some(name.as_str()), "{spelling}");
             }
+        }
+    }
+
+    #[test]
+    fn a_dialect_has_one_name_for_each() {
+        for (canonical, hf, original) in [
+            (
+                "llama.layers.3.mlp.up_proj.weight",
+                "model.language_model.layers.3.mlp.up_proj.weight",
+                "model.layers.3.mlp.up_proj.weight",
+            ),
+            ("projector.linear_1.weight", "model.multi_modal_projector.linear_1.weight", "model.mm_projector.0.weight"),
+            ("projector.linear_2.bias", "model.multi_modal_projector.linear_2.bias", "model.mm_projector.2.bias"),
+            (
+                "clip.layers.3.mlp.fc1.weight",
+                "model.vision_tower.encoder.layers.3.mlp.fc1.weight",
+                "model.vision_tower.vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight",
+            ),
+            (
+                "clip.pre_layernorm.bias",
+                "model.vision_tower.pre_layrnorm.bias",
+                "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias",
+            ),
+        ] {
+            assert_eq!([Dialect::Hf, Dialect::Original].map(|dialect| spelling(canonical, dialect)), [hf, original]);
         }
     }
 

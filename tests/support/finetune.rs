@@ -41,27 +41,25 @@ pub struct Done {
     pub stderr: String,
 }
 
-/// Runs `finetune` on the rows in `folder`.
+/// Runs `finetune` of the usual model on the rows in `folder`.
 pub fn finetune(folder: &Path, output: &str, flags: &[&str]) -> Done {
-    let output = command(folder, output, flags).output().unwrap();
+    finetune_of(&fixture(MODEL), folder, output, flags)
+}
+
+/// Runs `finetune` on the rows in `folder`.
+pub fn finetune_of(model: &Path, folder: &Path, output: &str, flags: &[&str]) -> Done {
+    let output = command(model, folder, output, flags).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     Done { ok: output.status.success(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
 /// Such a run, still to be begun.
-pub fn command(folder: &Path, output: &str, flags: &[&str]) -> Command {
-    let (model, rows, images) = (fixture(MODEL), folder.join("rows.json"), fixture("images"));
-    let paths = [&model, &rows, &images, &folder.join(output)].map(|p| p.to_str().unwrap().to_owned());
+pub fn command(model: &Path, folder: &Path, output: &str, flags: &[&str]) -> Command {
+    let (rows, images) = (folder.join("rows.json"), fixture("images"));
+    let paths = [model, &rows, &images, &folder.join(output)].map(|p| p.to_str().unwrap().to_owned());
     let [model, rows, images, output] = &paths;
-    let mut args = vec!["finetune", "--data", rows, "--image-folder", images, "--output", output];
-    let defaults = [
-        ("--model", model.as_str()),
-        ("--dtype", "f32"),
-        ("--batch-size", "3"),
-        ("--accumulation", "2"),
-        ("--lr", "3e-3"),
-        ("--template", "v1"),
-    ];
+    let mut args = vec!["finetune", "--model", model, "--data", rows, "--image-folder", images, "--output", output];
+    let defaults = [("--dtype", "f32"), ("--batch-size", "3"), ("--accumulation", "2"), ("--lr", "3e-3"), ("--template", "v1")];
     for (flag, value) in defaults.into_iter().filter(|(flag, _)| !flags.contains(flag)) {
         args.extend([flag, value]);
     }

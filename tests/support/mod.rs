@@ -4,6 +4,7 @@
 pub mod devices;
 pub mod finetune;
 pub mod program;
+pub mod reference;
 
 use std::path::{Path, PathBuf};
 

@@ -31,6 +31,9 @@ pub struct Args {
     /// Model: a folder, or a hub id; with random weights of a known shape if absent
     #[arg(long, env = "LLAVA_MODEL", value_name = "PATH|HF_ID")]
     model: Option<PathBuf>,
+    /// Folder of a LoRA adapter over the model
+    #[arg(long, env = "LLAVA_LORA", requires = "model", value_name = "DIR")]
+    lora: Option<PathBuf>,
     /// Shape whose weights are made up: llava-1.5-7b or llava-1.5-13b
     #[arg(long, conflicts_with = "model", value_name = "NAME")]
     shape: Option<String>,
@@ -91,6 +94,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         context_tokens: Some(args.prompt_tokens + args.new_tokens),
         n_contexts: most,
         profile_ops: true,
+        lora: args.lora.clone(),
         ..Default::default()
     };
     let mut subject = match &args.model {
