@@ -3,6 +3,8 @@
 use half::{bf16, f16};
 use llava_engine::cpu::Cpu;
 use llava_engine::cpu::simd::Isa;
+use llava_engine::cuda::Cuda;
+use llava_engine::device::Device;
 use llava_engine::dtype::DType;
 use llava_engine::engine::{EngineOptions, open_device};
 use llava_engine::ops::{GradOps, Matrix, Ops};
@@ -32,10 +34,55 @@ pub fn devices() -> Vec<TestDevice> {
     all
 }
 
-/// Those that train: the CPU, in each instruction set that this machine has.
+/// Those that train: the CPU, in each instruction set that this machine has, and the CUDA kernels.
 pub fn grad_devices() -> Vec<TestDevice<dyn GradOps>> {
+    let mut all = grad_cpus();
+    all.extend(grad_kernel_devices());
+    all
+}
+
+/// The CPU in each instruction set that this machine has.
+pub fn grad_cpus() -> Vec<TestDevice<dyn GradOps>> {
     let supported = Isa::ALL.into_iter().filter(|isa| isa.is_supported());
     supported.enumerate().map(|(i, isa)| cpu_with(isa, 1 + i % 3)).collect()
+}
+
+/// As [`kernel_devices`], to train.
+pub fn grad_kernel_devices() -> Vec<TestDevice<dyn GradOps>> {
+    let Some(device) = kernel_device() else { return Vec::new() };
+    let open = |dtype| TestDevice {
+        name: format!("{device} in {dtype}"),
+        ops: Box::new(kernels_on(device, dtype)) as Box<dyn GradOps>,
+        dtype,
+    };
+    [DType::F32, DType::F16, DType::Bf16].map(open).into()
+}
+
+/// The CUDA kernels on a device, which is one for them.
+pub fn kernels_on(device: Device, dtype: DType) -> Cuda {
+    match device {
+        #[cfg(llava_sim)]
+        Device::Sim => Cuda::simulated(2, dtype).unwrap(),
+        Device::Cuda(ordinal) => Cuda::open(ordinal, dtype).unwrap(),
+        other => panic!("{other} has no kernels"),
+    }
+}
+
+/// What is exact for several devices: computed for the first of those that have one key, which come one after the other.
+pub struct Shared<K, T>(Option<(K, T)>);
+
+impl<K: PartialEq, T> Shared<K, T> {
+    pub fn new() -> Self {
+        Self(None)
+    }
+
+    /// That of `key`.
+    pub fn get(&mut self, key: K, compute: impl FnOnce() -> T) -> &mut T {
+        if self.0.as_ref().is_none_or(|(of, _)| *of != key) {
+            self.0 = Some((key, compute()));
+        }
+        &mut self.0.as_mut().unwrap().1
+    }
 }
 
 /// The CPU with an instruction set.
