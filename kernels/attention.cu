@@ -30,22 +30,16 @@ namespace {
 template <typename T> struct Work {
     const T* q;     // its first row; the next is q_stride further on
     T* out;         // the same, out_stride
-    float* lse;     // the same, lse_stride; null where nobody wants it
     const T* k;     // where offset() counts from
     const T* v;
     const int* pages;
-    size_t q_stride, out_stride, lse_stride, token_stride, page_stride;
+    size_t q_stride, out_stride, token_stride, page_stride;
     int page_tokens;
     int n_rows, past, head_dim;
     bool causal;
 
     // How many tokens row `row` of the span sees.
     __device__ int visible(int row) const { return causal ? past + row + 1 : past + n_rows; }
-
-    // Keeps ln Σ exp(s) of a row, of whose products `largest` is the largest, and `total` the sum relative to it, both in base 2.
-    __device__ void keep_lse(int row, float largest, float total) const {
-        if (lse) lse[row * lse_stride] = (largest + log2f(total)) * 0.6931471805599453f;
-    }
 
     // Elements from k or v to that token's.
     __device__ size_t offset(int token) const {
@@ -56,8 +50,8 @@ template <typename T> struct Work {
 };
 
 template <typename T>
-__device__ inline Work<T> work_of_block(T* out, float* lse, const T* qkv, const T* k, const T* v, const int* spans, const int* pages,
-                                        int n_heads, int n_kv_heads, int head_dim, int page_tokens, int causal) {
+__device__ inline Work<T> work_of_block(T* out, const T* qkv, const T* k, const T* v, const int* spans, const int* pages, int n_heads,
+                                        int n_kv_heads, int head_dim, int page_tokens, int causal) {
     begin_launch();
     const int* span = spans + 4 * blockIdx.z;
     const int first_row = span[0], head = blockIdx.y, kv_head = head / (n_heads / n_kv_heads);
@@ -68,8 +62,6 @@ __device__ inline Work<T> work_of_block(T* out, float* lse, const T* qkv, const 
     work.q_stride = qkv_width;
     work.out = out + (size_t(first_row) * n_heads + head) * head_dim;
     work.out_stride = n_heads * head_dim;
-    work.lse = lse ? lse + size_t(first_row) * n_heads + head : nullptr;
-    work.lse_stride = n_heads;
     if (page_tokens == 0) {
         work.k = row + (n_heads + kv_head) * head_dim;
         work.v = work.k + n_kv_heads * head_dim;
@@ -89,6 +81,17 @@ __device__ inline Work<T> work_of_block(T* out, float* lse, const T* qkv, const 
     work.causal = causal != 0;
     return work;
 }
+
+// Where ln Σ exp(s) of each row goes, if anybody wants it: arguments of the kernel alone, which take no registers until it is known.
+struct Lse {
+    float* lse;  // or null
+    const int* spans;
+
+    // Of a row of the block's span, of whose s `largest` is the largest and `total` the sum relative to it, both in base 2.
+    __device__ void keep(int row, float largest, float total) const {
+        if (lse) lse[size_t(spans[4 * blockIdx.z] + row) * gridDim.y + blockIdx.y] = (largest + log2f(total)) * 0.6931471805599453f;
+    }
+};
 
 // First row of this block's tile. Of a causal span the last rows see most and take longest: they begin first.
 __device__ inline int first_row_of_tile(int rows) { return (int(gridDim.x) - 1 - int(blockIdx.x)) * rows; }
@@ -136,7 +139,7 @@ template <typename T, int D> __device__ inline void copy_tokens(T* k_tile, T* v_
     async_copy_commit();
 }
 
-template <typename T, int D> __device__ inline void attention_mma(const Work<T>& work, float scale_log2, unsigned char* shared) {
+template <typename T, int D> __device__ inline void attention_mma(const Work<T>& work, const Lse& lse, float scale_log2, unsigned char* shared) {
     using Tile = MmaTile<D>;
     constexpr int STRIDE = Tile::STRIDE;
     T* const k_tiles = reinterpret_cast<T*>(shared);
@@ -257,7 +260,7 @@ template <typename T, int D> __device__ inline void attention_mma(const Work<T>&
         const float scale = 1.0f / total;
         const int row = warp_row + group + 8 * half;
         if (row < work.n_rows) {
-            if (pair == 0) work.keep_lse(row, largest[half] * scale_log2, total);
+            if (pair == 0) lse.keep(row, largest[half] * scale_log2, total);
             T* out = work.out + row * work.out_stride;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
@@ -285,7 +288,7 @@ template <int D> struct PlainTile {
     static_assert(SHARED_BYTES <= 99 << 10, "every GPU since sm_80 has as much");
 };
 
-template <typename T, int D> __device__ inline void attention_plain(const Work<T>& work, float scale_log2, unsigned char* shared) {
+template <typename T, int D> __device__ inline void attention_plain(const Work<T>& work, const Lse& lse, float scale_log2, unsigned char* shared) {
     using Tile = PlainTile<D>;
     constexpr int STRIDE = Tile::STRIDE, COLUMNS = Tile::COLUMNS, ROWS = PLAIN_ROWS_PER_WARP;
     float* const q_rows = reinterpret_cast<float*>(shared);
@@ -349,7 +352,7 @@ template <typename T, int D> __device__ inline void attention_plain(const Work<T
     for (int r = 0; r < ROWS; ++r) {
         const float total = warp_sum(sum[r]), scale = 1.0f / total;
         if (warp_row + r < work.n_rows) {
-            if (lane == 0) work.keep_lse(warp_row + r, largest[r], total);
+            if (lane == 0) lse.keep(warp_row + r, largest[r], total);
 #pragma unroll
             for (int j = 0; j < COLUMNS; ++j) {
                 const int column = lane + WARP * j;
@@ -359,14 +362,15 @@ template <typename T, int D> __device__ inline void attention_plain(const Work<T
     }
 }
 
-template <typename T, int D> __device__ inline void attention_fwd(const Work<T>& work, float scale_log2, unsigned char* shared) {
+template <typename T, int D>
+__device__ inline void attention_fwd(const Work<T>& work, const Lse& lse, float scale_log2, unsigned char* shared) {
     constexpr bool MMA = sizeof(T) == 2 && D <= 128;
     // Else the whole block has nothing to do: its span is shorter than the longest.
     if (first_row_of_tile(MMA ? MMA_ROWS : PLAIN_ROWS) < work.n_rows) {
         if constexpr (MMA) {
-            attention_mma<T, D>(work, scale_log2, shared);
+            attention_mma<T, D>(work, lse, scale_log2, shared);
         } else {
-            attention_plain<T, D>(work, scale_log2, shared);
+            attention_plain<T, D>(work, lse, scale_log2, shared);
         }
     }
 }
@@ -378,8 +382,8 @@ template <typename T, int D> __device__ inline void attention_fwd(const Work<T>&
     attention_fwd_d##D##_##suffix(T* out, float* lse, const T* qkv, const T* k, const T* v, const int* spans, const int* pages,  \
                                   int n_heads, int n_kv_heads, int head_dim, int page_tokens, int causal, float scale_log2) {    \
         SHARED_MEMORY(shared);                                                                                                   \
-        attention_fwd<T, D>(work_of_block(out, lse, qkv, k, v, spans, pages, n_heads, n_kv_heads, head_dim, page_tokens, causal), \
-                            scale_log2, shared);                                                                                 \
+        attention_fwd<T, D>(work_of_block(out, qkv, k, v, spans, pages, n_heads, n_kv_heads, head_dim, page_tokens, causal),     \
+                            Lse{lse, spans}, scale_log2, shared);                                                                \
     }                                                                                                                            \
     REGISTER_KERNEL(attention_fwd_d##D##_##suffix)
 

@@ -270,6 +270,7 @@ __device__ inline void attention_bwd_plain(const Work<T, KEYS>& work, float scal
             __syncthreads();
             if (warp_row >= work.n_rows || !work.sees(KEYS ? warp_row : warp_row + ROWS - 1, KEYS ? first + PLAIN_PASS - 1 : first)) continue;
             float p[ROWS] = {}, ds[ROWS] = {};
+#pragma unroll 1
             for (int i = 0; i < work.head_dim; i += 4) {
                 const float4 a = *reinterpret_cast<const float4*>(y1 + lane * STRIDE + i);
                 const float4 b = *reinterpret_cast<const float4*>(y2 + lane * STRIDE + i);
@@ -289,6 +290,7 @@ __device__ inline void attention_bwd_plain(const Work<T, KEYS>& work, float scal
                 p[r] = seen ? exp2f(fmaf(p[r], scale_log2, -work.lse_of(round, query, work.n_rows))) : 0.0f;
                 ds[r] = p[r] * (ds[r] - work.delta_of(round, query, work.n_rows));
             }
+#pragma unroll 2
             for (int t = 0; t < PLAIN_PASS; ++t) {
                 float a[COLUMNS], b[COLUMNS];
 #pragma unroll

@@ -79,7 +79,8 @@ template <typename T, typename S, int BITS> struct RightShare<T, S, PackedRows<B
 // Multiplies the tiles of a stage: 16 terms at a time.
 template <typename T, typename S, bool TERMS_ARE_ROWS> __device__ inline void multiply(float (&acc)[S::M * S::N][4], const T* left, const T* right) {
     const int lane = threadIdx.x % WARP, eight = lane % 8, matrix = lane / 8;
-#pragma unroll
+    // Unrolled, it would take more registers than there are.
+#pragma unroll 1
     for (int term = 0; term < S::K; term += 16) {
         uint32_t a[S::M][4];
 #pragma unroll

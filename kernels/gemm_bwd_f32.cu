@@ -83,7 +83,7 @@ __device__ inline void gemm_bwd(const Output<T>& out, const Left<T, TERMS_ARE_RO
         right_share.store(stage + LEFT);
         __syncthreads();
         if (step + 1 < steps.end) load(step + 1);
-#pragma unroll
+#pragma unroll 4
         for (int term = 0; term < K; ++term) {
             const float4 b = *reinterpret_cast<const float4*>(stage + LEFT + term * RIGHT_STRIDE + col);
 #pragma unroll

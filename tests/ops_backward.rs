@@ -259,6 +259,26 @@ fn linear_of_nothing() {
     }
 }
 
+/// The gradient by logits, which is f32 on all devices, counts as it is rounded to the dtype of activations.
+#[test]
+fn linear_of_logits() {
+    for device in grad_devices() {
+        let (tokens, n, k) = (17, 37, 24);
+        let case = Linear { margin: (3, 2), ..Linear::new(tokens, n, k) };
+        let (w, _) = case.weight(&device);
+        let logits = random(tokens * (n + 5), 2);
+        let x = device.put(&[tokens, k], &random(tokens * k, 1));
+        let run = |dy: &Tensor| {
+            let (mut dx, mut dw) = (device.blank(&[tokens, k]), device.put_f32(&[n, k], &vec![0.5; n * k]));
+            device.ops.linear_dx(&mut dx, dy, &w, Update::Set).unwrap();
+            device.ops.linear_dw(&mut dw, dy, 3, &x).unwrap();
+            [dx, dw].map(|t| device.get(&t))
+        };
+        let shape = [tokens, n + 5];
+        assert_eq!(run(&device.put_f32(&shape, &logits)), run(&device.put(&shape, &logits)), "{}", device.name);
+    }
+}
+
 /// What rows of no span hold before and after.
 const SENTINEL: f32 = 1024.0;
 

@@ -282,6 +282,10 @@ fn clear_and_scale() {
         let mut t = device.put(&[4097], &x);
         device.ops.scale(&mut t, 0.25).unwrap();
         assert_eq!(device.get(&t), x.iter().map(|x| x * 0.25).collect::<Vec<_>>(), "{}", device.name);
+        // Of f32 on all devices.
+        let mut t = device.put_f32(&[3], &[0.1, 1e30, -7.0]);
+        device.ops.scale(&mut t, 0.25).unwrap();
+        assert_eq!(device.get(&t), [0.1 * 0.25, 1e30 * 0.25, -1.75], "{}", device.name);
         let mut t = device.put(&[3], &[f32::NAN, f32::INFINITY, 1.0]);
         device.ops.clear(&mut t).unwrap();
         assert_eq!(device.get(&t), [0.0; 3], "{}", device.name);
