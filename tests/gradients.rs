@@ -5,6 +5,7 @@ mod support;
 
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
+use llava_engine::engine::open_grad_device;
 use llava_engine::model::checkpoint::Checkpoint;
 use llava_engine::model::{Batch, Llava, Recompute, Slot, Tape, Trained};
 use llava_engine::nn::Linear;
@@ -17,7 +18,6 @@ use llava_engine::weights::Source;
 use llava_engine::weights::random::Random;
 use llava_engine::weights::recipe::Recipe;
 use safetensors::SafeTensors;
-use support::devices::kernels_on;
 use support::{Bound, assert_close, fixture, kernel_device};
 
 /// The error of a gradient, relative to the length of the reference's: ‖got − expected‖ / ‖expected‖.
@@ -135,9 +135,9 @@ fn every_parameter_has_the_gradient_that_autograd_finds() {
 #[test]
 fn kernels_find_the_gradients_of_autograd() {
     let Some(device) = kernel_device() else { return };
-    let ops = kernels_on(device, DType::F32);
+    let (ops, _) = open_grad_device(device, 2, DType::F32).unwrap();
     for (name, recompute) in MODELS.into_iter().zip([Recompute::Selective, Recompute::Full]) {
-        check_against_autograd(&ops, name, recompute);
+        check_against_autograd(&*ops, name, recompute);
     }
 }
 
@@ -268,7 +268,8 @@ fn fifty_steps_follow_pytorch() {
 fn steps_of_kernels_follow_pytorch() {
     let Some(device) = kernel_device() else { return };
     for name in MODELS {
-        check_steps(Run::on(Box::new(kernels_on(device, DType::F32)), name), name, 8);
+        let (ops, _) = open_grad_device(device, 2, DType::F32).unwrap();
+        check_steps(Run::on(ops, name), name, 8);
     }
 }
 

@@ -3,10 +3,8 @@
 use half::{bf16, f16};
 use llava_engine::cpu::Cpu;
 use llava_engine::cpu::simd::Isa;
-use llava_engine::cuda::Cuda;
-use llava_engine::device::Device;
 use llava_engine::dtype::DType;
-use llava_engine::engine::{EngineOptions, open_device};
+use llava_engine::engine::{EngineOptions, open_device, open_grad_device};
 use llava_engine::ops::{GradOps, Matrix, Ops};
 use llava_engine::tensor::Tensor;
 
@@ -36,9 +34,7 @@ pub fn devices() -> Vec<TestDevice> {
 
 /// Those that train: the CPU, in each instruction set that this machine has, and the CUDA kernels.
 pub fn grad_devices() -> Vec<TestDevice<dyn GradOps>> {
-    let mut all = grad_cpus();
-    all.extend(grad_kernel_devices());
-    all
+    grad_cpus().into_iter().chain(grad_kernel_devices()).collect()
 }
 
 /// The CPU in each instruction set that this machine has.
@@ -50,21 +46,21 @@ pub fn grad_cpus() -> Vec<TestDevice<dyn GradOps>> {
 /// As [`kernel_devices`], to train.
 pub fn grad_kernel_devices() -> Vec<TestDevice<dyn GradOps>> {
     let Some(device) = kernel_device() else { return Vec::new() };
-    let open = |dtype| TestDevice {
-        name: format!("{device} in {dtype}"),
-        ops: Box::new(kernels_on(device, dtype)) as Box<dyn GradOps>,
-        dtype,
-    };
+    let open =
+        |dtype| TestDevice { name: format!("{device} in {dtype}"), ops: open_grad_device(device, 2, dtype).unwrap().0, dtype };
     [DType::F32, DType::F16, DType::Bf16].map(open).into()
 }
 
-/// The CUDA kernels on a device, which is one for them.
-pub fn kernels_on(device: Device, dtype: DType) -> Cuda {
-    match device {
-        #[cfg(llava_sim)]
-        Device::Sim => Cuda::simulated(2, dtype).unwrap(),
-        Device::Cuda(ordinal) => Cuda::open(ordinal, dtype).unwrap(),
-        other => panic!("{other} has no kernels"),
+/// Checks that `results` are the same to the last bit on the CPU with any number of threads, and on other devices from run to run.
+pub fn check_repeatable<R: PartialEq>(results: impl Fn(&TestDevice<dyn GradOps>) -> R) {
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+        let one = results(&cpu_with(isa, 1));
+        for threads in [1, 2, 3, 7] {
+            assert!(results(&cpu_with(isa, threads)) == one, "{isa} with {threads} threads");
+        }
+    }
+    for device in grad_kernel_devices() {
+        assert!(results(&device) == results(&device), "{}", device.name);
     }
 }
 
