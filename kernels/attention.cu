@@ -19,7 +19,7 @@
 // they meet V. f32, and N = 256, run on plain cores in f32. Sums are taken in an order that depends on the sequence alone.
 //
 // Registers and shared memory of f16 and bf16, without spills (nvcc 13, sm_90a): N = 64: 135, 36,864 bytes; 80: 168, 45,056; 96: 168,
-// 53,248; 128: 239, 69,632. So three blocks share a multiprocessor, two at N = 128.
+// 53,248; 128: 243, 69,632. So three blocks share a multiprocessor, two at N = 128.
 #include "async_copy.cuh"
 #include "attention.cuh"
 #include "mma.cuh"

@@ -39,7 +39,8 @@ struct Factors {
 };
 
 __device__ inline void adamw(float* param, float* m, float* v, const float* grad, void* rounded, int kind, int n, const Factors& f) {
-    begin_launch();
+    // The next launch may read weights before it waits for this one: it must not begin before all blocks have ended.
+    wait_for_previous();
     const long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= n) return;
     const float g = f.grad_scale * grad[i];

@@ -3,8 +3,8 @@
 //   rope_append: for each row of a span, at position t = past + (row − first row), and each head of q and k:
 //                  (x_i, x_{i + d/2}) ← (x_i·cos − x_{i + d/2}·sin, x_{i + d/2}·cos + x_i·sin),   cos, sin at [t, i], i < d/2
 //                then k_cache[slot] = k, v_cache[slot] = v for each key head, slot = (page of t, head, t % page_tokens)
-//   rope_fwd:    the rotation alone, with sin·sign for sin: sign = -1 turns back
 //   rope_append_fwd keeps them in T; rope_append_i8_fwd as q = round(x / s), s = max_i |x_i| / 127, in the very bits of src/ops/kv.rs
+//   rope_fwd: the rotation alone, with sign·sin for sin: −1 turns back
 //
 // Layouts: qkv [rows, (n_heads + 2·n_kv_heads)·d] of T, a row being queries, keys, values; k_cache, v_cache
 // [n_pages, n_kv_heads, page_tokens, d] of T or i8, k_scales, v_scales [n_pages, n_kv_heads, page_tokens] f32; cos, sin
