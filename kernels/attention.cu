@@ -9,23 +9,22 @@
 // Layouts, all of T unless said otherwise, row-major:
 //   qkv   [tokens, (n_heads + 2·n_kv_heads) · head_dim]: queries, keys, values
 //   out   [tokens, n_heads · head_dim]; rows of no span are left alone
+//   lse   f32 [tokens, n_heads], or null: ln Σ_t exp(s_t), for training
 //   k, v  pages [n_pages, n_kv_heads, page_tokens, head_dim]; with page_tokens = 0 they are not read: keys are those of the span's own rows
 //   spans i32 [n_spans, 4]: first row, rows, past, index of the first page in `pages`; pages i32
 // Grid: (row tiles of the longest span, n_heads, n_spans). attention_fwd_dN takes head_dim up to N, a multiple of 8; all bases are
-// multiples of 16 bytes. Writes out with `=`.
+// multiples of 16 bytes. Writes out and lse with `=`.
 //
 // Numerics: 16-bit dtypes up to N = 128 multiply on tensor cores with f32 sums, softmax is in f32, probabilities are rounded to T before
 // they meet V. f32, and N = 256, run on plain cores in f32. Sums are taken in an order that depends on the sequence alone.
 //
 // Registers and shared memory of f16 and bf16, without spills (nvcc 13, sm_90a): N = 64: 135, 36,864 bytes; 80: 168, 45,056; 96: 168,
-// 53,248; 128: 239, 69,632. So three blocks share a multiprocessor, two at N = 128.
+// 53,248; 128: 243, 69,632. So three blocks share a multiprocessor, two at N = 128.
 #include "async_copy.cuh"
+#include "attention.cuh"
 #include "mma.cuh"
 
 namespace {
-
-constexpr int THREADS = 128;
-constexpr int WARPS = THREADS / WARP;
 
 // One head of one span: what a block works on.
 template <typename T> struct Work {
@@ -83,6 +82,17 @@ __device__ inline Work<T> work_of_block(T* out, const T* qkv, const T* k, const 
     return work;
 }
 
+// Where ln Σ exp(s) of each row goes, if anybody wants it: arguments of the kernel alone, which take no registers until it is known.
+struct Lse {
+    float* lse;  // or null
+    const int* spans;
+
+    // Of a row of the block's span, of whose s `largest` is the largest and `total` the sum relative to it, both in base 2.
+    __device__ void keep(int row, float largest, float total) const {
+        if (lse) lse[size_t(spans[4 * blockIdx.z] + row) * gridDim.y + blockIdx.y] = (largest + log2f(total)) * 0.6931471805599453f;
+    }
+};
+
 // First row of this block's tile. Of a causal span the last rows see most and take longest: they begin first.
 __device__ inline int first_row_of_tile(int rows) { return (int(gridDim.x) - 1 - int(blockIdx.x)) * rows; }
 
@@ -129,7 +139,7 @@ template <typename T, int D> __device__ inline void copy_tokens(T* k_tile, T* v_
     async_copy_commit();
 }
 
-template <typename T, int D> __device__ inline void attention_mma(const Work<T>& work, float scale_log2, unsigned char* shared) {
+template <typename T, int D> __device__ inline void attention_mma(const Work<T>& work, const Lse& lse, float scale_log2, unsigned char* shared) {
     using Tile = MmaTile<D>;
     constexpr int STRIDE = Tile::STRIDE;
     T* const k_tiles = reinterpret_cast<T*>(shared);
@@ -250,6 +260,7 @@ template <typename T, int D> __device__ inline void attention_mma(const Work<T>&
         const float scale = 1.0f / total;
         const int row = warp_row + group + 8 * half;
         if (row < work.n_rows) {
+            if (pair == 0) lse.keep(row, largest[half] * scale_log2, total);
             T* out = work.out + row * work.out_stride;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
@@ -277,20 +288,7 @@ template <int D> struct PlainTile {
     static_assert(SHARED_BYTES <= 99 << 10, "every GPU since sm_80 has as much");
 };
 
-// Copies rows as f32 and fills with zeros up to the stride: `from(i)` is where row i begins, null for a row of zeros.
-template <typename T, int STRIDE, typename From> __device__ inline void copy_rows(float* to, int n_rows, int head_dim, From from) {
-    constexpr int N = Vec16<T>::N;
-    for (int i = threadIdx.x; i < n_rows * (STRIDE / N); i += THREADS) {
-        const int row = i / (STRIDE / N), column = i % (STRIDE / N) * N;
-        const T* source = from(row);
-        const bool real = source && column < head_dim;
-        const Vec16<T> v = real ? Vec16<T>::load(source + column) : Vec16<T>{{0, 0, 0, 0}};
-#pragma unroll
-        for (int j = 0; j < N; ++j) to[row * STRIDE + column + j] = v.get(j);
-    }
-}
-
-template <typename T, int D> __device__ inline void attention_plain(const Work<T>& work, float scale_log2, unsigned char* shared) {
+template <typename T, int D> __device__ inline void attention_plain(const Work<T>& work, const Lse& lse, float scale_log2, unsigned char* shared) {
     using Tile = PlainTile<D>;
     constexpr int STRIDE = Tile::STRIDE, COLUMNS = Tile::COLUMNS, ROWS = PLAIN_ROWS_PER_WARP;
     float* const q_rows = reinterpret_cast<float*>(shared);
@@ -352,8 +350,9 @@ template <typename T, int D> __device__ inline void attention_plain(const Work<T
 
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        const float scale = 1.0f / warp_sum(sum[r]);
+        const float total = warp_sum(sum[r]), scale = 1.0f / total;
         if (warp_row + r < work.n_rows) {
+            if (lane == 0) lse.keep(warp_row + r, largest[r], total);
 #pragma unroll
             for (int j = 0; j < COLUMNS; ++j) {
                 const int column = lane + WARP * j;
@@ -363,14 +362,15 @@ template <typename T, int D> __device__ inline void attention_plain(const Work<T
     }
 }
 
-template <typename T, int D> __device__ inline void attention_fwd(const Work<T>& work, float scale_log2, unsigned char* shared) {
+template <typename T, int D>
+__device__ inline void attention_fwd(const Work<T>& work, const Lse& lse, float scale_log2, unsigned char* shared) {
     constexpr bool MMA = sizeof(T) == 2 && D <= 128;
     // Else the whole block has nothing to do: its span is shorter than the longest.
     if (first_row_of_tile(MMA ? MMA_ROWS : PLAIN_ROWS) < work.n_rows) {
         if constexpr (MMA) {
-            attention_mma<T, D>(work, scale_log2, shared);
+            attention_mma<T, D>(work, lse, scale_log2, shared);
         } else {
-            attention_plain<T, D>(work, scale_log2, shared);
+            attention_plain<T, D>(work, lse, scale_log2, shared);
         }
     }
 }
@@ -379,11 +379,11 @@ template <typename T, int D> __device__ inline void attention_fwd(const Work<T>&
 
 #define INSTANCE_OF_WIDTH(T, suffix, D)                                                                                          \
     KERNEL(THREADS)                                                                                                              \
-    attention_fwd_d##D##_##suffix(T* out, const T* qkv, const T* k, const T* v, const int* spans, const int* pages, int n_heads, \
-                                  int n_kv_heads, int head_dim, int page_tokens, int causal, float scale_log2) {                 \
+    attention_fwd_d##D##_##suffix(T* out, float* lse, const T* qkv, const T* k, const T* v, const int* spans, const int* pages,  \
+                                  int n_heads, int n_kv_heads, int head_dim, int page_tokens, int causal, float scale_log2) {    \
         SHARED_MEMORY(shared);                                                                                                   \
         attention_fwd<T, D>(work_of_block(out, qkv, k, v, spans, pages, n_heads, n_kv_heads, head_dim, page_tokens, causal),     \
-                            scale_log2, shared);                                                                                 \
+                            Lse{lse, spans}, scale_log2, shared);                                                                \
     }                                                                                                                            \
     REGISTER_KERNEL(attention_fwd_d##D##_##suffix)
 

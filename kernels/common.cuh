@@ -107,6 +107,23 @@ private:
 // Whether p is a multiple of 16 bytes.
 __device__ inline bool is_aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
+// N neighbours from p on, of which the first n are there and the rest zero: as a vector where `vectors`, which all N are then.
+template <typename T> __device__ inline Vec16<T> load_some(const T* p, int n, bool vectors) {
+    if (vectors) return Vec16<T>::load(p);
+    Vec16<T> v = {};
+#pragma unroll
+    for (int j = 0; j < Vec16<T>::N; ++j)
+        if (j < n) v.set(j, to_f32(p[j]));
+    return v;
+}
+
+template <typename T> __device__ inline void store_some(T* p, const Vec16<T>& v, int n, bool vectors) {
+    if (vectors) return v.store(p);
+#pragma unroll
+    for (int j = 0; j < Vec16<T>::N; ++j)
+        if (j < n) p[j] = from_f32<T>(v.get(j));
+}
+
 // ---------------------------------------------------------------- launches that overlap
 //
 // From sm_90 on, launches are made with programmatic stream serialization: a kernel may begin as soon as all blocks of the one before have

@@ -1,9 +1,10 @@
-// Rotary embedding of queries and keys, fused with the append of keys and values to the paged cache.
+// Rotary embedding of queries and keys, fused with the append of keys and values to the paged cache; or by itself, for training.
 //
 //   rope_append: for each row of a span, at position t = past + (row − first row), and each head of q and k:
 //                  (x_i, x_{i + d/2}) ← (x_i·cos − x_{i + d/2}·sin, x_{i + d/2}·cos + x_i·sin),   cos, sin at [t, i], i < d/2
 //                then k_cache[slot] = k, v_cache[slot] = v for each key head, slot = (page of t, head, t % page_tokens)
 //   rope_append_fwd keeps them in T; rope_append_i8_fwd as q = round(x / s), s = max_i |x_i| / 127, in the very bits of src/ops/kv.rs
+//   rope_fwd: the rotation alone, with sign·sin for sin: −1 turns back
 //
 // Layouts: qkv [rows, (n_heads + 2·n_kv_heads)·d] of T, a row being queries, keys, values; k_cache, v_cache
 // [n_pages, n_kv_heads, page_tokens, d] of T or i8, k_scales, v_scales [n_pages, n_kv_heads, page_tokens] f32; cos, sin
@@ -29,21 +30,28 @@ template <int N> __device__ inline void load_f32(float (&out)[N], const float* p
     }
 }
 
-// N numbers of one head, of which the first n are there: as vectors where `vectors`, which all N of each are then.
-template <typename T> __device__ inline Vec16<T> load_some(const T* p, int n, bool vectors) {
-    if (vectors) return Vec16<T>::load(p);
-    Vec16<T> v = {};
+// Turns pairs by the angles from number `angle` on, or, with a `sign` of -1, back.
+template <typename T>
+__device__ inline void rotate(Vec16<T>& a, Vec16<T>& b, const float* cos, const float* sin, size_t angle, int n, bool vectors, float sign) {
+    constexpr int N = Vec16<T>::N;
+    float c[N] = {}, s[N] = {};
+    if (vectors) {
+        load_f32(c, cos + angle);
+        load_f32(s, sin + angle);
+    } else {
 #pragma unroll
-    for (int j = 0; j < Vec16<T>::N; ++j)
-        if (j < n) v.set(j, to_f32(p[j]));
-    return v;
-}
-
-template <typename T> __device__ inline void store_some(T* p, const Vec16<T>& v, int n, bool vectors) {
-    if (vectors) return v.store(p);
+        for (int j = 0; j < N; ++j) {
+            if (j >= n) continue;
+            c[j] = cos[angle + j];
+            s[j] = sin[angle + j];
+        }
+    }
 #pragma unroll
-    for (int j = 0; j < Vec16<T>::N; ++j)
-        if (j < n) p[j] = from_f32<T>(v.get(j));
+    for (int j = 0; j < N; ++j) {
+        const float first = a.get(j), second = b.get(j), turned = sign * s[j];
+        a.set(j, first * c[j] - second * turned);
+        b.set(j, second * c[j] + first * turned);
+    }
 }
 
 // Keys, or values, as they are kept.
@@ -130,25 +138,7 @@ __device__ inline void rope_append(T* qkv, const Side<E>& keys, const Side<E>& v
     const bool vectors = half % N == 0 && aligned && n > 0;
     Vec16<T> a = load_some(x, n, vectors), b = load_some(x + half, n, vectors);
     if (rotated) {
-        const size_t angle = size_t(position) * half + i;
-        float c[N] = {}, s[N] = {};
-        if (vectors) {
-            load_f32(c, cos + angle);
-            load_f32(s, sin + angle);
-        } else {
-#pragma unroll
-            for (int j = 0; j < N; ++j) {
-                if (j >= n) continue;
-                c[j] = cos[angle + j];
-                s[j] = sin[angle + j];
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-            const float first = a.get(j), second = b.get(j);
-            a.set(j, first * c[j] - second * s[j]);
-            b.set(j, second * c[j] + first * s[j]);
-        }
+        rotate(a, b, cos, sin, size_t(position) * half + i, n, vectors, 1.0f);
         store_some(x, a, n, vectors);
         store_some(x + half, b, n, vectors);
     }
@@ -161,6 +151,26 @@ __device__ inline void rope_append(T* qkv, const Side<E>& keys, const Side<E>& v
     // Chosen member by member: of two structs, the compiler would put both in memory.
     const Side<E> side = {rotated ? keys.cache : values.cache, rotated ? keys.scales : values.scales};
     keep(side, slot, cached, lanes, i, n, half, vectors, a, b);
+}
+
+// The same without a cache, for training: a thread has N pairs of a query or a key.
+template <typename T>
+__device__ inline void rope(T* qkv, const float* cos, const float* sin, const int* spans, const int* row_span, int n_heads, int n_kv_heads,
+                            int d, float sign) {
+    constexpr int N = Vec16<T>::N;
+    begin_launch();
+    const int row = blockIdx.x, span = row_span[row];
+    if (span < 0) return;
+    const int half = d / 2, lanes = ceil_div(half, N), position = spans[span * 4 + 2] + row - spans[span * 4];
+    const int item = blockIdx.y * THREADS + threadIdx.x, head = item / lanes, i = item % lanes * N;
+    if (head >= n_heads + n_kv_heads) return;
+    const int n = min(N, half - i);
+    T* x = qkv + (size_t(row) * (n_heads + 2 * n_kv_heads) + head) * d + i;
+    const bool vectors = half % N == 0 && is_aligned16(qkv) && is_aligned16(cos) && is_aligned16(sin);
+    Vec16<T> a = load_some(x, n, vectors), b = load_some(x + half, n, vectors);
+    rotate(a, b, cos, sin, size_t(position) * half + i, n, vectors, sign);
+    store_some(x, a, n, vectors);
+    store_some(x + half, b, n, vectors);
 }
 
 }  // namespace
@@ -179,5 +189,11 @@ __device__ inline void rope_append(T* qkv, const Side<E>& keys, const Side<E>& v
         rope_append<T, int8_t>(qkv, {k_cache, k_scales}, {v_cache, v_scales}, cos, sin, spans, row_span, pages, n_heads, n_kv_heads,   \
                                d, page_tokens);                                                                                        \
     }                                                                                                                                  \
-    REGISTER_KERNEL(rope_append_i8_fwd_##suffix)
+    REGISTER_KERNEL(rope_append_i8_fwd_##suffix)                                                                                       \
+    KERNEL(THREADS)                                                                                                                    \
+    rope_fwd_##suffix(T* qkv, const float* cos, const float* sin, const int* spans, const int* row_span, int n_heads, int n_kv_heads,  \
+                      int d, float sign) {                                                                                             \
+        rope<T>(qkv, cos, sin, spans, row_span, n_heads, n_kv_heads, d, sign);                                                         \
+    }                                                                                                                                  \
+    REGISTER_KERNEL(rope_fwd_##suffix)
 FOR_EACH_DTYPE(INSTANCE)

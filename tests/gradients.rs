@@ -5,10 +5,11 @@ mod support;
 
 use llava_engine::cpu::Cpu;
 use llava_engine::dtype::DType;
+use llava_engine::engine::open_grad_device;
 use llava_engine::model::checkpoint::Checkpoint;
 use llava_engine::model::{Batch, Llava, Recompute, Slot, Tape, Trained};
 use llava_engine::nn::Linear;
-use llava_engine::ops::{Matrix, Weight};
+use llava_engine::ops::{GradOps, Matrix, Weight};
 use llava_engine::tensor::Tensor;
 use llava_engine::train::config::Config;
 use llava_engine::train::optim::Optimizer;
@@ -17,31 +18,35 @@ use llava_engine::weights::Source;
 use llava_engine::weights::random::Random;
 use llava_engine::weights::recipe::Recipe;
 use support::reference::{Reference, assert_gradient};
-use support::{Bound, assert_close, fixture};
+use support::{Bound, assert_close, fixture, kernel_device};
 
-/// Loss and gradients of a model, by name.
+/// Loss and gradients of a model by name, on the CPU.
 fn gradients(name: &str, threads: usize, trained: Trained, recompute: Recompute) -> (f64, Vec<(String, Vec<f32>)>) {
+    gradients_on(&Cpu::new(threads, DType::F32).unwrap(), name, trained, recompute)
+}
+
+/// ... on any device.
+fn gradients_on(ops: &dyn GradOps, name: &str, trained: Trained, recompute: Recompute) -> (f64, Vec<(String, Vec<f32>)>) {
     let reference = Reference::of(name);
     let checkpoint = Checkpoint::open(&fixture(&format!("checkpoints/{name}")), None).unwrap();
-    let ops = Cpu::new(threads, DType::F32).unwrap();
-    let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, Some(DType::F32)).unwrap();
-    model.train(&ops, trained).unwrap();
+    let mut model = Llava::load(ops, &checkpoint.config, &checkpoint.weights, Some(DType::F32)).unwrap();
+    model.train(ops, trained).unwrap();
     let (slots, is_learned, lengths) = reference.batch();
-    let mut tape = Tape::plan(&ops, &checkpoint.config, trained, slots.len() + 5, 2, recompute).unwrap();
+    let mut tape = Tape::plan(ops, &checkpoint.config, trained, slots.len() + 5, 2, recompute).unwrap();
     let size = checkpoint.config.vision.image_size;
-    let pixels = Tensor::from_slice(&[1, 3, size, size], &reference.f32("pixels"));
+    let pixels = ops.upload(Tensor::from_slice(&[1, 3, size, size], &reference.f32("pixels"))).unwrap();
     let batch = Batch { slots: &slots, is_learned: &is_learned, lengths: &lengths };
     let scale = reference.f32("scale")[0];
     // Twice into the same buffers: gradients add up, and nothing of a pass is left for the next.
     let mut loss = 0.0;
     for _ in 0..2 {
-        loss = model.gradients(&ops, &mut tape, Some(&pixels), &batch, scale / 2.0).unwrap();
+        loss = model.gradients(ops, &mut tape, Some(&pixels), &batch, scale / 2.0).unwrap();
     }
     let mut all = Vec::new();
     model
         .visit_params(&mut |param| {
             assert_eq!(param.value.shape(), param.grad.shape(), "{}", param.name);
-            all.push((param.name.to_owned(), param.grad.to_f32()));
+            all.push((param.name.to_owned(), ops.download(param.grad)?));
             Ok(())
         })
         .unwrap();
@@ -51,21 +56,37 @@ fn gradients(name: &str, threads: usize, trained: Trained, recompute: Recompute)
 const MODELS: [&str; 2] = ["hf_mha_f32", "hf_gqa_bf16"];
 const ALL: Trained = Trained { vision: true, projector: true, decoder: true };
 
+/// The loss and the gradient of every parameter, as PyTorch has them.
+fn check_against_autograd(ops: &dyn GradOps, name: &str, recompute: Recompute) {
+    let reference = Reference::of(name);
+    let (loss, gradients) = gradients_on(ops, name, ALL, recompute);
+    let name = format!("{name} on {}", ops.name());
+    let expected = f64::from(reference.f32("loss")[0]);
+    assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: the loss is {loss}, expected {expected}");
+    let mut names: Vec<_> = gradients.iter().map(|(name, _)| name.clone()).collect();
+    names.sort();
+    assert_eq!(names, reference.names("grad."), "{name}");
+    for (parameter, got) in gradients {
+        let expected = reference.f32(&format!("grad.{parameter}"));
+        // A key's bias moves all scores of a query alike: its gradient is zero but for rounding, and is left to the length of Q's and V's.
+        assert_gradient(&format!("{name}: {parameter}"), &got, &expected);
+    }
+}
+
 #[test]
 fn every_parameter_has_the_gradient_that_autograd_finds() {
     for name in MODELS {
-        let reference = Reference::of(name);
-        let (loss, gradients) = gradients(name, 2, ALL, Recompute::Selective);
-        let expected = f64::from(reference.f32("loss")[0]);
-        assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: the loss is {loss}, expected {expected}");
-        let mut names: Vec<_> = gradients.iter().map(|(name, _)| name.clone()).collect();
-        names.sort();
-        assert_eq!(names, reference.names("grad."), "{name}");
-        for (parameter, got) in gradients {
-            let expected = reference.f32(&format!("grad.{parameter}"));
-            // A key's bias moves all scores of a query alike: its gradient is zero but for rounding, and is left to the length of Q's and V's.
-            assert_gradient(&format!("{name}: {parameter}"), &got, &expected);
-        }
+        check_against_autograd(&Cpu::new(2, DType::F32).unwrap(), name, Recompute::Selective);
+    }
+}
+
+/// Through the CUDA kernels, layers kept and layers run again.
+#[test]
+fn kernels_find_the_gradients_of_autograd() {
+    let Some(device) = kernel_device() else { return };
+    let (ops, _) = open_grad_device(device, 2, DType::F32).unwrap();
+    for (name, recompute) in MODELS.into_iter().zip([Recompute::Selective, Recompute::Full]) {
+        check_against_autograd(&*ops, name, recompute);
     }
 }
 
@@ -134,7 +155,7 @@ fn settings() -> Config {
 
 /// A model of the fixtures with all that a pass needs.
 struct Run {
-    ops: Cpu,
+    ops: Box<dyn GradOps>,
     model: Llava,
     tape: Tape,
     pixels: Tensor,
@@ -145,15 +166,18 @@ struct Run {
 
 impl Run {
     fn new(name: &str) -> Self {
+        Self::on(Box::new(Cpu::new(2, DType::F32).unwrap()), name)
+    }
+
+    fn on(ops: Box<dyn GradOps>, name: &str) -> Self {
         let reference = Reference::of(name);
         let checkpoint = Checkpoint::open(&fixture(&format!("checkpoints/{name}")), None).unwrap();
-        let ops = Cpu::new(2, DType::F32).unwrap();
-        let mut model = Llava::load(&ops, &checkpoint.config, &checkpoint.weights, Some(DType::F32)).unwrap();
-        model.train(&ops, ALL).unwrap();
+        let mut model = Llava::load(&*ops, &checkpoint.config, &checkpoint.weights, Some(DType::F32)).unwrap();
+        model.train(&*ops, ALL).unwrap();
         let (slots, is_learned, lengths) = reference.batch();
-        let tape = Tape::plan(&ops, &checkpoint.config, ALL, slots.len(), 1, Recompute::Full).unwrap();
+        let tape = Tape::plan(&*ops, &checkpoint.config, ALL, slots.len(), 1, Recompute::Full).unwrap();
         let size = checkpoint.config.vision.image_size;
-        let pixels = Tensor::from_slice(&[1, 3, size, size], &reference.f32("pixels"));
+        let pixels = ops.upload(Tensor::from_slice(&[1, 3, size, size], &reference.f32("pixels"))).unwrap();
         Self { ops, model, tape, pixels, slots, is_learned, lengths }
     }
 
@@ -161,25 +185,40 @@ impl Run {
     fn loss(&mut self) -> f64 {
         let n = self.is_learned.iter().filter(|l| **l).count() as f64;
         let batch = Batch { slots: &self.slots, is_learned: &self.is_learned, lengths: &self.lengths };
-        self.model.gradients(&self.ops, &mut self.tape, Some(&self.pixels), &batch, (1.0 / n) as f32).unwrap() / n
+        self.model.gradients(&*self.ops, &mut self.tape, Some(&self.pixels), &batch, (1.0 / n) as f32).unwrap() / n
     }
+}
+
+/// The losses of the first `n_steps` of the 50 steps that PyTorch made.
+fn check_steps(mut run: Run, name: &str, n_steps: usize) {
+    let expected = Reference::of(name).f32("losses");
+    let schedule = Schedule::new(Decay::Cosine, expected.len(), 5, 0.0);
+    let mut optimizer = Optimizer::new(&settings());
+    let mut worst = 0f64;
+    for (step, &expected) in expected.iter().enumerate().take(n_steps) {
+        let loss = run.loss();
+        let error = (loss - f64::from(expected)).abs();
+        assert!(error <= 1e-3, "{name}: before step {step} the loss is {loss}, PyTorch's {expected}");
+        worst = worst.max(error);
+        optimizer.step(&*run.ops, &mut run.model, schedule.factor(step)).unwrap();
+    }
+    println!("{name} on {}: losses of {n_steps} steps are within {worst:.1e}", run.ops.name());
 }
 
 #[test]
 fn fifty_steps_follow_pytorch() {
     for name in MODELS {
-        let expected = Reference::of(name).f32("losses");
-        let schedule = Schedule::new(Decay::Cosine, expected.len(), 5, 0.0);
-        let (mut run, mut optimizer) = (Run::new(name), Optimizer::new(&settings()));
-        let mut worst = 0f64;
-        for (step, &expected) in expected.iter().enumerate() {
-            let loss = run.loss();
-            let error = (loss - f64::from(expected)).abs();
-            assert!(error <= 1e-3, "{name}: before step {step} the loss is {loss}, PyTorch's {expected}");
-            worst = worst.max(error);
-            optimizer.step(&run.ops, &mut run.model, schedule.factor(step)).unwrap();
-        }
-        println!("{name}: losses of {} steps are within {worst:.1e}", expected.len());
+        check_steps(Run::new(name), name, 50);
+    }
+}
+
+/// Through the CUDA kernels: a few steps, since each takes the simulator a while.
+#[test]
+fn steps_of_kernels_follow_pytorch() {
+    let Some(device) = kernel_device() else { return };
+    for name in MODELS {
+        let (ops, _) = open_grad_device(device, 2, DType::F32).unwrap();
+        check_steps(Run::on(ops, name), name, 8);
     }
 }
 
@@ -188,7 +227,7 @@ fn fifty_steps_follow_pytorch() {
 fn a_gradient_that_is_not_finite_is_named() {
     let (mut run, mut optimizer) = (Run::new("hf_mha_f32"), Optimizer::new(&settings()));
     run.loss();
-    optimizer.step(&run.ops, &mut run.model, 1.0).unwrap();
+    optimizer.step(&*run.ops, &mut run.model, 1.0).unwrap();
     run.loss();
     let name = "llama.layers.1.mlp.down_proj.weight";
     let values = |run: &mut Run| {
@@ -210,7 +249,7 @@ fn a_gradient_that_is_not_finite_is_named() {
         })
         .unwrap();
     let before = values(&mut run);
-    let error = optimizer.step(&run.ops, &mut run.model, 1.0).unwrap_err().to_string();
+    let error = optimizer.step(&*run.ops, &mut run.model, 1.0).unwrap_err().to_string();
     assert!(error.starts_with(name) && error.contains("not finite"), "{error}");
     assert!(values(&mut run) == before);
 }
@@ -235,10 +274,10 @@ fn gradients_of_many_sequences_add_up() {
     let config = run.model.config().clone();
     let size = config.vision.image_size;
     let pixels = Tensor::from_slice(&[TIMES, 3, size, size], &run.pixels.to_f32().repeat(TIMES));
-    let mut tape = Tape::plan(&run.ops, &config, ALL, slots.len(), TIMES, Recompute::Full).unwrap();
+    let mut tape = Tape::plan(&*run.ops, &config, ALL, slots.len(), TIMES, Recompute::Full).unwrap();
     let batch = Batch { slots: &slots, is_learned: &is_learned, lengths: &lengths };
     let scale = Reference::of(name).f32("scale")[0] / TIMES as f32;
-    let sum = run.model.gradients(&run.ops, &mut tape, Some(&pixels), &batch, scale).unwrap();
+    let sum = run.model.gradients(&*run.ops, &mut tape, Some(&pixels), &batch, scale).unwrap();
     assert!((sum / TIMES as f64 / loss - 1.0).abs() < 1e-6);
     let mut i = 0;
     run.model

@@ -4,10 +4,18 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Kernels that may keep a stack frame or spill, with the reason.
-const MAY_SPILL: [(&str, &str); 3] =
-    [("attention_fwd_d64_f32", PLAIN_F32), ("attention_fwd_d128_f32", PLAIN_F32), ("attention_fwd_d256_f32", PLAIN_F32)];
+const MAY_SPILL: [(&str, &str); 8] = [
+    ("attention_fwd_d64_f32", PLAIN),
+    ("attention_fwd_d128_f32", PLAIN),
+    ("attention_fwd_d256_f32", PLAIN),
+    ("attention_fwd_d256_f16", PLAIN),
+    ("attention_fwd_d256_bf16", PLAIN),
+    ("attention_bwd_keys_d64_f32", PLAIN),
+    ("attention_bwd_keys_d256_f16", PLAIN),
+    ("attention_bwd_keys_d256_bf16", PLAIN),
+];
 /// On some architecture a few words of the outer loop.
-const PLAIN_F32: &str = "f32 attention is there to be exact: no tensor cores, not tuned";
+const PLAIN: &str = "attention in f32, or of heads wider than 128, is there to be exact: no tensor cores, not tuned";
 
 /// What ptxas says of one kernel on one architecture.
 #[derive(Debug, Default)]

@@ -17,7 +17,7 @@ use reference::gradient::{Tolerance, dot, slope, wide};
 use reference::linear::{gelu, quick_gelu};
 use reference::random;
 use reference::rows::exact;
-use support::devices::{TestDevice, cpu_with, grad_devices};
+use support::devices::{Shared, TestDevice, check_repeatable, grad_devices};
 
 type Device = TestDevice<dyn GradOps>;
 
@@ -77,7 +77,7 @@ fn norm_backward(
 fn norms() {
     let devices = grad_devices();
     for ((tokens, hidden), norm) in SHAPES.into_iter().flat_map(|shape| NORMS.iter().map(move |norm| (shape, norm))) {
-        let mut expected = None;
+        let mut expected = Shared::new();
         for device in &devices {
             let what = format!("{} {tokens}x{hidden} on {}", norm.name, device.name);
             // Sizes of rows differ, as those of tokens do; and rows are far from zero.
@@ -89,7 +89,7 @@ fn norms() {
             let [dx, dw, db] = norm_backward(device, norm, &old, &dy, &x, &w, true);
 
             let [dx_exact, dw_exact, db_exact] = expected
-                .get_or_insert_with(|| {
+                .get(device.dtype, || {
                     let (w, b, ones, zeros) = (wide(&w), wide(&b), vec![1.0; hidden], vec![0.0; hidden]);
                     let (mut dx, mut dw, mut db) = (Vec::new(), zeros.clone(), zeros.clone());
                     for (x, dy) in x.chunks(hidden).zip(dy.chunks(hidden)) {
@@ -267,7 +267,8 @@ fn rows_are_added_copy_after_copy() {
         for (to, from) in [(3, 0), (4, 1), (0, 2), (3, 1)] {
             (0..3).for_each(|i| expected[to * 3 + i] += src[from * 3 + i]);
         }
-        assert_eq!(device.get(&sum), expected, "{}", device.name);
+        // Rounded to a shorter dtype once.
+        assert_eq!(device.get(&sum), device.round(&expected), "{}", device.name);
         let beyond = [RowCopy { dst: 4, src: 0, n_rows: 2 }];
         let refused = device.ops.add_rows(&mut sum, &device.put(&[4, 3], &src), &beyond);
         assert!(refused.unwrap_err().to_string().contains("add_rows: rows"));
@@ -281,6 +282,10 @@ fn clear_and_scale() {
         let mut t = device.put(&[4097], &x);
         device.ops.scale(&mut t, 0.25).unwrap();
         assert_eq!(device.get(&t), x.iter().map(|x| x * 0.25).collect::<Vec<_>>(), "{}", device.name);
+        // Of f32 on all devices.
+        let mut t = device.put_f32(&[3], &[0.1, 1e30, -7.0]);
+        device.ops.scale(&mut t, 0.25).unwrap();
+        assert_eq!(device.get(&t), [0.1 * 0.25, 1e30 * 0.25, -1.75], "{}", device.name);
         let mut t = device.put(&[3], &[f32::NAN, f32::INFINITY, 1.0]);
         device.ops.clear(&mut t).unwrap();
         assert_eq!(device.get(&t), [0.0; 3], "{}", device.name);
@@ -555,41 +560,31 @@ fn profiled_ops_are_counted() {
     }
 }
 
+/// What the ops with sums in them give of some hundred rows, and dropout.
+fn results(device: &Device) -> (Vec<Vec<f32>>, f64) {
+    let t = |seed| device.put(&[577, 33], &random(577 * 33, seed));
+    let f32s = |shape: &[usize], seed| device.put_f32(shape, &random(shape.iter().product(), seed));
+    let old = [random(577 * 33, 1), random(33, 2), random(33, 3)];
+    let mut results = Vec::new();
+    for norm in &NORMS {
+        let [dy, x, w] = [(577 * 33, 4), (577 * 33, 5), (33, 6)].map(|(n, seed)| random(n, seed));
+        results.extend(norm_backward(device, norm, &old, &dy, &x, &w, true));
+    }
+    let ids: Vec<u32> = (0..577).map(|i| i * i % 5).collect();
+    let (mut d_table, mut logits, mut loss) = (f32s(&[5, 33], 7), f32s(&[577, 33], 9), f32s(&[577], 13));
+    device.ops.embed_backward(&mut d_table, &t(8), &ids).unwrap();
+    device.ops.cross_entropy(&mut logits, &mut loss, &ids, 0.1).unwrap();
+    let (mut d_class, mut d_positions) = (f32s(&[33], 14), f32s(&[2, 33], 15));
+    let (mut d_patches, dy) = (device.blank(&[288, 33]), device.put(&[576, 33], &random(576 * 33, 1)));
+    device.ops.clip_embed_backward(&mut d_patches, &mut d_class, &mut d_positions, &dy).unwrap();
+    let mut dropped = device.blank(&[577, 33]);
+    device.ops.dropout(&mut dropped, &t(10), 0.4, 3).unwrap();
+    results.extend([d_table, loss, logits, d_patches, d_class, d_positions, dropped].map(|t| device.get(&t)));
+    (results, device.ops.sq_norm(&[&f32s(&[100_003], 11), &f32s(&[577, 33], 12)]).unwrap())
+}
+
 /// Bit for bit, and from run to run.
 #[test]
 fn threads_change_nothing() {
-    for isa in llava_engine::cpu::simd::Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
-        let run = |threads| {
-            let device = cpu_with(isa, threads);
-            let t = |seed| device.put(&[577, 33], &random(577 * 33, seed));
-            let old = [random(577 * 33, 1), random(33, 2), random(33, 3)];
-            let mut results = Vec::new();
-            for norm in &NORMS {
-                let [dy, x, w] = [(577 * 33, 4), (577 * 33, 5), (33, 6)].map(|(n, seed)| random(n, seed));
-                results.extend(norm_backward(&device, norm, &old, &dy, &x, &w, true));
-            }
-            let mut d_table = device.put(&[5, 33], &random(165, 7));
-            let ids: Vec<u32> = (0..577).map(|i| i * i % 5).collect();
-            device.ops.embed_backward(&mut d_table, &t(8), &ids).unwrap();
-            let mut loss = device.blank(&[577]);
-            let mut logits = t(9);
-            device.ops.cross_entropy(&mut logits, &mut loss, &ids, 0.1).unwrap();
-            let [mut d_patches, mut d_class, mut d_positions] = [576, 1, 2].map(|rows| device.blank(&[rows, 33]));
-            d_class = d_class.reshaped(&[33]).unwrap();
-            d_patches.set_rows(288);
-            device
-                .ops
-                .clip_embed_backward(&mut d_patches, &mut d_class, &mut d_positions, &device.put(&[576, 33], &random(576 * 33, 1)))
-                .unwrap();
-            let mut dropped = device.blank(&[577, 33]);
-            device.ops.dropout(&mut dropped, &t(10), 0.4, 3).unwrap();
-            results.extend([d_table, loss, logits, d_patches, d_class, d_positions, dropped].map(|t| device.get(&t)));
-            let large = device.put(&[100_003], &random(100_003, 11));
-            (results, device.ops.sq_norm(&[&large, &t(12)]).unwrap())
-        };
-        let one = run(1);
-        for threads in [1, 2, 3, 7] {
-            assert!(run(threads) == one, "{isa} with {threads} threads");
-        }
-    }
+    check_repeatable(results);
 }

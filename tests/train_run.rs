@@ -4,8 +4,8 @@ mod support;
 
 use serde_json::Value;
 use support::finetune::{MODEL, finetune, finetune_of, folder, log, rows, tensors};
-use support::fixture;
 use support::program::{break_weight, copy_dir, succeed};
+use support::{fixture, kernel_device};
 
 const ALL: [&str; 4] = ["--tune", "full", "--tune-vision", "full"];
 
@@ -97,6 +97,28 @@ fn runs_are_the_same() {
     assert!(result("f", &["--eval-data", &file, "--eval-steps", "1"]) == expected, "evaluation teaches");
 }
 
+/// The CUDA kernels take the same steps, of a whole decoder and of additions to it. (`tests/gradients.rs` has the vision tower.)
+#[test]
+fn kernels_train_as_the_cpu_does() {
+    let Some(device) = kernel_device() else { return println!("skipped: neither a GPU nor the simulator") };
+    let (folder, device) = (folder(), device.to_string());
+    for (name, tune) in [("full", &["--tune", "full"][..]), ("lora", &["--tune", "lora", "--lora-r", "4", "--lora-dropout", "0.2"])]
+    {
+        let losses = |device: &str| {
+            let flags = ["--max-steps", "2", "--batch-size", "1", "--accumulation", "1", "--warmup-ratio", "0", "--device", device];
+            let output = format!("{name}_{device}");
+            let done = finetune(folder.path(), &output, &[tune, &flags[..]].concat());
+            assert!(done.ok, "{}", done.stderr);
+            log(&folder.path().join(output)).iter().map(|row| row["loss"].as_f64().unwrap()).collect::<Vec<_>>()
+        };
+        let (cpu, kernels) = (losses("cpu"), losses(&device));
+        assert!(
+            cpu.len() == 2 && cpu.iter().zip(&kernels).all(|(c, k)| (c - k).abs() < 2e-4 * c),
+            "{name}: {kernels:?} is not {cpu:?}"
+        );
+    }
+}
+
 #[test]
 fn what_cannot_be_done_is_said() {
     let folder = folder();
@@ -112,6 +134,7 @@ fn what_cannot_be_done_is_said() {
     fails("x", &["--tune", "full", "--eval-share", "0.01"], &["eval_share", "none"]);
     fails("x", &["--tune", "full", "--eval-data", "nowhere.json"], &["nowhere.json"]);
     fails("x", &["--tune", "full", "--lr", "nan"], &["lr"]);
+    fails("x", &["--tune", "full", "--device", "gpu"], &["gpu", "cuda"]);
     assert!(!folder.path().join("x").exists(), "nothing is written before it is known that there is something to write");
     std::fs::create_dir(folder.path().join("full")).unwrap();
     std::fs::write(folder.path().join("full/file"), "").unwrap();

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=$PWD/target/coverage
-tests=(simulator ops ops_image ops_linear ops_attention ops_sample stages batch cli_devices)
+tests=(simulator ops ops_image ops_linear ops_attention ops_sample ops_backward ops_attention_backward ops_train gradients stages batch cli_devices)
 
 mkdir -p "$target"
 [ -x "$target/venv/bin/pip" ] || python3 -m venv "$target/venv"

@@ -6,6 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 use llava_engine::data::Fault;
+use llava_engine::device::Device;
+use llava_engine::dtype::DType;
+use llava_engine::engine::open_grad_device;
 use llava_engine::error::{Error, Result};
 use llava_engine::model::checkpoint::{Beside, Checkpoint};
 use llava_engine::model::config::Profile;
@@ -67,6 +70,9 @@ pub struct Args {
     /// Decodes every picture, not only its header; slow
     #[arg(long)]
     decode_images: bool,
+    /// Where it runs: auto, cpu, cuda, cuda:N, or sim (the CUDA kernels simulated; slow)
+    #[arg(long, env = "LLAVA_DEVICE", default_value = "auto")]
+    device: String,
     /// CPU threads; 0 for as many as the machine has
     #[arg(long, default_value_t = 0, env = "LLAVA_THREADS", value_name = "N")]
     threads: usize,
@@ -114,6 +120,7 @@ impl FromArgMatches for Settings {
 
 /// Trains, or looks through the data.
 pub fn run(args: &Args) -> Result<Outcome> {
+    let device = args.device.parse::<Device>()?;
     let config = Config::resolve(args.config.as_deref(), args.settings.0.clone())?;
     let output = match (args.check_data || args.plan, config.output.as_deref()) {
         (false, None) => return Err(Error::usage("where is the result to go? Name a new folder with --output")),
@@ -141,7 +148,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         max_tokens: config.max_tokens as usize,
     };
     if let Some(output) = output {
-        return train(args, &config, &folder, output, &checkpoint, masker, data);
+        return train(args, device, &config, &folder, output, &checkpoint, masker, data);
     }
     if args.plan {
         let plan = Plan::of(&config, &checkpoint, &masker, data, args.max_bad_rows)?;
@@ -179,8 +186,10 @@ pub fn run(args: &Args) -> Result<Outcome> {
 }
 
 /// Trains and writes the result. If it is stopped, it writes a checkpoint.
+#[allow(clippy::too_many_arguments)] // what a run is made of, and where it goes
 fn train(
     args: &Args,
+    device: Device,
     config: &Config,
     folder: &Path,
     output: &Path,
@@ -196,7 +205,9 @@ fn train(
         }
         return Ok(Outcome::Done);
     }
-    let mut trainer = Trainer::new(config, checkpoint, masker, data, args.threads, args.max_bad_rows)?;
+    let (ops, note) = open_grad_device(device, args.threads, DType::F32)?;
+    note.iter().for_each(|note| eprintln!("llava-engine: {note}"));
+    let mut trainer = Trainer::new(config, checkpoint, masker, data, ops, args.max_bad_rows)?;
     if args.resume {
         std::fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
         checkpoint::tidy(output)?;

@@ -11,11 +11,11 @@ use super::launch::{Kernel, address, int};
 use super::memory::Allocation;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{Heads, KvLayer, KvSource, Span, check};
+use crate::ops::{Heads, KvLayer, KvSource, Span, check, check_grad};
 use crate::tensor::Tensor;
 
 /// Threads of a block, of all kernels.
-const THREADS: usize = 128;
+pub(super) const THREADS: usize = 128;
 /// The widest head that there are kernels for.
 pub(super) const MAX_HEAD_DIM: usize = 256;
 /// Blocks for each multiprocessor that splitting a context aims at: fewer leave memory waiting, more only make parts to be merged.
@@ -46,6 +46,13 @@ fn tile(dtype: DType, width: usize) -> (usize, usize) {
     }
 }
 
+/// The kernel for heads of a width, and the width up to which it takes them.
+pub(super) fn of_width(op: &'static str, kernels: &[(usize, Kernel)], heads: Heads) -> Result<(usize, Kernel)> {
+    let fits = |&&(width, _): &&(usize, Kernel)| heads.head_dim > 0 && heads.head_dim % 8 == 0 && heads.head_dim <= width;
+    let wrong = || Error::shape(op, "head_dim", format!("a multiple of 8 up to {MAX_HEAD_DIM}"), heads.head_dim);
+    kernels.iter().find(fits).copied().ok_or_else(wrong)
+}
+
 /// What the blocks of a decode step leave for each other. Its size depends on the device alone, so that it never moves.
 #[derive(Default)]
 pub(super) struct Workspace(Mutex<Option<Allocation>>);
@@ -66,30 +73,58 @@ impl Cuda {
         heads: Heads,
         causal: bool,
     ) -> Result<()> {
-        const OP: &str = "attention";
         check::attention(out, qkv, kv, spans, heads)?;
-        check::dtype(OP, "out", out, self.dtype)?;
-        check::dtype(OP, "qkv", qkv, self.dtype)?;
-        if heads.head_dim == 0 || heads.head_dim % 8 != 0 || heads.head_dim > MAX_HEAD_DIM {
-            return Err(Error::shape(OP, "head_dim", format!("a multiple of 8 up to {MAX_HEAD_DIM}"), heads.head_dim));
-        }
-        let qkv_ptr = address(OP, "qkv", qkv)?;
+        self.attention_with("attention", out, None, qkv, kv, spans, heads, causal)
+    }
+
+    /// [`GradOps::attention_lse`](crate::ops::GradOps::attention_lse)
+    pub(super) fn attention_lse(
+        &self,
+        out: &mut Tensor,
+        lse: &mut Tensor,
+        qkv: &Tensor,
+        spans: &[Span<'_>],
+        heads: Heads,
+        causal: bool,
+    ) -> Result<()> {
+        const OP: &str = "attention_lse";
+        check_grad::own_attention(OP, &[("qkv", qkv)], &[("out", out)], lse, spans, heads)?;
+        self.attention_with(OP, out, Some(lse), qkv, KvSource::Own, spans, heads, causal)
+    }
+
+    /// Both of them: shapes are checked.
+    #[allow(clippy::too_many_arguments)] // as `attention_lse`
+    fn attention_with(
+        &self,
+        op: &'static str,
+        out: &mut Tensor,
+        lse: Option<&mut Tensor>,
+        qkv: &Tensor,
+        kv: KvSource<'_>,
+        spans: &[Span<'_>],
+        heads: Heads,
+        causal: bool,
+    ) -> Result<()> {
+        check::dtype(op, "out", out, self.dtype)?;
+        check::dtype(op, "qkv", qkv, self.dtype)?;
+        let (width, kernel) = of_width(op, &WIDTHS, heads)?;
+        let qkv_ptr = address(op, "qkv", qkv)?;
         // Where keys, values and the scales of both are.
         let (cache, scales, page_tokens) = match kv {
             KvSource::Own => {
                 if let Some(span) = spans.iter().find(|span| span.past != 0) {
-                    return Err(Error::shape(OP, "past of a span without a cache", 0, span));
+                    return Err(Error::shape(op, "past of a span without a cache", 0, span));
                 }
                 ([qkv_ptr; 2], None, 0)
             }
             KvSource::Paged(layer) => {
                 let kept = if layer.scales.is_some() { DType::I8 } else { self.dtype };
-                check::dtype(OP, "key cache", &layer.k, kept)?;
-                check::dtype(OP, "value cache", &layer.v, kept)?;
+                check::dtype(op, "key cache", &layer.k, kept)?;
+                check::dtype(op, "value cache", &layer.v, kept)?;
                 let scales = layer.scales.as_ref();
                 let scales =
-                    scales.map(|[k, v]| Ok::<_, Error>([address(OP, "scales", k)?, address(OP, "scales", v)?])).transpose()?;
-                let cache = [address(OP, "key cache", &layer.k)?, address(OP, "value cache", &layer.v)?];
+                    scales.map(|[k, v]| Ok::<_, Error>([address(op, "scales", k)?, address(op, "scales", v)?])).transpose()?;
+                let cache = [address(op, "key cache", &layer.k)?, address(op, "value cache", &layer.v)?];
                 (cache, scales, layer.page_tokens())
             }
         };
@@ -97,23 +132,24 @@ impl Cuda {
         if n_rows == 0 {
             return Ok(());
         }
-        int(OP, "elements of a page", page_tokens * heads.kv_width())?;
-        int(OP, "width of qkv", heads.qkv_width())?;
+        int(op, "elements of a page", page_tokens * heads.kv_width())?;
+        int(op, "width of qkv", heads.qkv_width())?;
         let scale_log2 = std::f32::consts::LOG2_E / (heads.head_dim as f32).sqrt();
         let sizes = [
-            int(OP, "heads", heads.n_heads)?,
-            int(OP, "key heads", heads.n_kv_heads)?,
-            int(OP, "head_dim", heads.head_dim)?,
-            int(OP, "tokens of a page", page_tokens)?,
+            int(op, "heads", heads.n_heads)?,
+            int(op, "key heads", heads.n_kv_heads)?,
+            int(op, "head_dim", heads.head_dim)?,
+            int(op, "tokens of a page", page_tokens)?,
         ];
-        let out_ptr = Arg::Ptr(address(OP, "out", out)?);
+        let out_ptr = Arg::Ptr(address(op, "out", out)?);
+        let lse_ptr = Arg::Ptr(lse.map_or(Ok(DevicePtr(0)), |lse| address(op, "lse", lse))?);
         let (arrivals, parts) = self.decode.addresses(self)?;
         let is_decode = page_tokens > 0 && spans.iter().all(|span| span.n_rows == 1);
         let widened = match (kv, scales) {
             (KvSource::Paged(layer), Some(_)) if !is_decode => Some(self.widened.addresses(self, layer)?),
             _ => None,
         };
-        self.with_spans(OP, spans, qkv.rows(), |table| {
+        self.with_spans(op, spans, qkv.rows(), |table| {
             let tables = [table.spans, table.pages].map(Arg::Ptr);
             let queries = Arg::Ptr(qkv_ptr);
             if is_decode {
@@ -134,17 +170,15 @@ impl Cuda {
                 let n_pages: usize = spans.iter().map(|span| span.pages.len()).sum();
                 let page_slots = page_tokens * heads.n_kv_heads;
                 let mut args: Vec<_> = [wide, cache, scales].concat().into_iter().map(Arg::Ptr).collect();
-                args.extend([Arg::Ptr(table.pages), int(OP, "tokens and heads of a page", page_slots)?, sizes[2]]);
+                args.extend([Arg::Ptr(table.pages), int(op, "tokens and heads of a page", page_slots)?, sizes[2]]);
                 let parts = (page_slots * heads.head_dim / WIDEN_PART).div_ceil(THREADS);
                 let grid = Grid { blocks: [n_pages, parts, 2], threads: THREADS, shared_bytes: 0 };
                 // SAFETY: the arguments are the kernel's; the pages lie within the cache (just checked), and within what is widened, which is
                 // as large.
                 unsafe { self.launch(Kernel::WidenCache, grid, &args)? };
             }
-            let fits = |&&(width, _): &&(usize, Kernel)| heads.head_dim <= width;
-            let &(width, kernel) = WIDTHS.iter().find(fits).expect("head_dim was checked");
             let (rows, shared_bytes) = tile(self.dtype, width);
-            let mut args = vec![out_ptr, queries];
+            let mut args = vec![out_ptr, lse_ptr, queries];
             args.extend(widened.unwrap_or(cache).map(Arg::Ptr).into_iter().chain(tables).chain(sizes));
             args.extend([Arg::Int(i32::from(causal)), Arg::Float(scale_log2)]);
             let grid = Grid { blocks: [n_rows.div_ceil(rows), heads.n_heads, spans.len()], threads: THREADS, shared_bytes };

@@ -4,18 +4,24 @@
 //! The modules beside this one hold one family of ops each: they check operands, choose the grid, and launch. Nobody else launches.
 
 mod attention;
+mod attention_grad;
 mod dense;
 pub mod driver;
+mod elementwise;
+mod grad;
 mod image;
 mod launch;
 mod memory;
 mod norm;
 mod ops;
+mod optim;
 mod packed;
 mod probe;
 mod product;
+mod product_grad;
 mod queue;
 mod rows;
+mod rows_grad;
 mod sample;
 mod staging;
 

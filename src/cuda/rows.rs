@@ -13,18 +13,18 @@ use crate::ops::{Heads, KvLayer, RopeTable, RowCopy, Span, check};
 use crate::tensor::Tensor;
 
 /// Threads of a block, in all kernels here.
-const THREADS: usize = 128;
+pub(super) const THREADS: usize = 128;
 /// Bytes that a thread moves at once.
-const VECTOR_BYTES: usize = 16;
+pub(super) const VECTOR_BYTES: usize = 16;
 
 /// `rows` blocks in x, of which there may be 2³¹ − 1, and `parts` in y, of which there may be 65535.
-fn grid(rows: usize, parts: usize) -> Grid {
+pub(super) fn grid(rows: usize, parts: usize) -> Grid {
     Grid { blocks: [rows, parts, 1], threads: THREADS, shared_bytes: 0 }
 }
 
 impl Cuda {
     /// Elements of a 16-byte vector of activations.
-    fn vector(&self) -> usize {
+    pub(super) fn vector(&self) -> usize {
         VECTOR_BYTES / self.dtype.size()
     }
 

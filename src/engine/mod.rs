@@ -30,7 +30,7 @@ use crate::infer::runner::{Runner, StageObserver};
 use crate::model::checkpoint::{Beside, Checkpoint};
 use crate::model::config::{LlavaConfig, Profile};
 use crate::model::{Llava, Slot};
-use crate::ops::{Ops, Peaks};
+use crate::ops::{GradOps, Ops, Peaks};
 use crate::profile::{OpRecord, Profiled, Records};
 use crate::tensor::Tensor;
 use crate::text::{Prompt, Style, Tokenizer};
@@ -284,24 +284,8 @@ pub struct OpenDevice {
 /// # Errors
 /// If this build or this machine has no such device.
 pub fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice> {
-    let cpu = || Cpu::new(options.threads, compute).map(|cpu| Box::new(cpu) as Box<dyn Ops>);
-    let mut note = None;
-    let mut ops: Box<dyn Ops> = match options.device {
-        Device::Cpu => cpu()?,
-        Device::Cuda(ordinal) => Box::new(Cuda::open(ordinal, compute)?),
-        #[cfg(llava_sim)]
-        Device::Sim => Box::new(Cuda::simulated(options.threads, compute)?),
-        #[cfg(not(llava_sim))]
-        Device::Sim => {
-            return Err(Error::Unsupported("this build has no kernel simulator: it was made without a C++ compiler".into()));
-        }
-        Device::Auto if !Cuda::has_driver() => cpu()?,
-        Device::Auto => {
-            let (ops, why) = gpu_or(Cuda::open(0, compute), cpu)?;
-            note = why;
-            ops
-        }
-    };
+    let (ops, note) = open_grad_device(options.device, options.threads, compute)?;
+    let mut ops: Box<dyn Ops> = ops;
     if options.check_ops || options.check_nan {
         let reference = || Ok::<_, Error>(Box::new(Cpu::new(options.threads, DType::F32)?) as Box<dyn Ops>);
         let reference = options.check_ops.then(reference).transpose()?;
@@ -316,8 +300,29 @@ pub fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice
     Ok(OpenDevice { ops, records, note })
 }
 
+/// The same to train on, with nothing in front of it; and what a user should know of the choice.
+///
+/// # Errors
+/// As [`open_device`].
+pub fn open_grad_device(device: Device, threads: usize, compute: DType) -> Result<(Box<dyn GradOps>, Option<String>)> {
+    let cpu = || Cpu::new(threads, compute).map(|cpu| Box::new(cpu) as Box<dyn GradOps>);
+    let ops: Box<dyn GradOps> = match device {
+        Device::Cpu => cpu()?,
+        Device::Cuda(ordinal) => Box::new(Cuda::open(ordinal, compute)?),
+        #[cfg(llava_sim)]
+        Device::Sim => Box::new(Cuda::simulated(threads, compute)?),
+        #[cfg(not(llava_sim))]
+        Device::Sim => {
+            return Err(Error::Unsupported("this build has no kernel simulator: it was made without a C++ compiler".into()));
+        }
+        Device::Auto if !Cuda::has_driver() => cpu()?,
+        Device::Auto => return gpu_or(Cuda::open(0, compute), cpu),
+    };
+    Ok((ops, None))
+}
+
 /// The GPU if it can be used; else the CPU, and why.
-fn gpu_or(gpu: Result<Cuda>, cpu: impl FnOnce() -> Result<Box<dyn Ops>>) -> Result<(Box<dyn Ops>, Option<String>)> {
+fn gpu_or(gpu: Result<Cuda>, cpu: impl FnOnce() -> Result<Box<dyn GradOps>>) -> Result<(Box<dyn GradOps>, Option<String>)> {
     match gpu {
         Ok(gpu) => Ok((Box::new(gpu), None)),
         Err(error) => Ok((cpu()?, Some(format!("running on the CPU: {error}")))),
@@ -336,7 +341,7 @@ mod tests {
 
     #[test]
     fn auto_takes_the_cpu_where_the_gpu_cannot_be_used_and_says_why() {
-        let cpu = || Cpu::new(1, DType::F32).map(|cpu| Box::new(cpu) as Box<dyn Ops>);
+        let cpu = || Cpu::new(1, DType::F32).map(|cpu| Box::new(cpu) as Box<dyn GradOps>);
         let choose = |faults| gpu_or(Cuda::simulated_with(1, DType::F32, Faults::parse(faults).unwrap()), cpu).unwrap();
         let (ops, why) = choose("");
         assert!(ops.name().contains("simulator") && why.is_none(), "{why:?}");

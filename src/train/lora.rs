@@ -6,14 +6,13 @@ use std::path::Path;
 use serde_json::json;
 
 use super::config::{Config, Tune, TuneVision};
-use crate::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::model::Llava;
 use crate::model::checkpoint::{Checkpoint, Layout};
 use crate::model::config::LlavaConfig;
 use crate::model::save;
-use crate::ops::Packed;
 use crate::ops::dropout::philox;
+use crate::ops::{GradOps, Packed};
 use crate::tensor::Tensor;
 use crate::weights::names::{self, Dialect, Part};
 use crate::weights::write::{self, Planned};
@@ -26,9 +25,9 @@ const TOWER_TARGETS: [&str; 6] = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1
 ///
 /// # Errors
 /// If it cannot be loaded; if its matrices have other bits than the settings say.
-pub fn load(ops: &Cpu, config: &Config, checkpoint: &Checkpoint) -> Result<Llava> {
+pub fn load(ops: &dyn GradOps, config: &Config, checkpoint: &Checkpoint) -> Result<Llava> {
     let source = Fresh { base: &checkpoint.weights, config };
-    let mut model = Llava::load(ops, &checkpoint.config, &source, None)?;
+    let mut model = Llava::load(ops, &checkpoint.config, &source, ops.weight_dtype())?;
     let (stored, bits) = (model.llama().weights(), config.base_bits);
     if bits != 16 && !stored.starts_with(&format!("int{bits}")) {
         let what = format!("base_bits is {bits}, but the matrices of the base are {stored}");

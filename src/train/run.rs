@@ -1,4 +1,4 @@
-//! [`Trainer`]: a run, step by step, on the CPU.
+//! [`Trainer`]: a run, step by step.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -18,13 +18,12 @@ use super::optim::Optimizer;
 use super::rows::{Loaded, Rows, lengths};
 use super::sampler::{Length, Order, Position, Sampler};
 use super::schedule::Schedule;
-use crate::cpu::Cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::image::{CHANNELS, Fit, Preprocess};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::{Llava, Recompute, Tape, Trained, save};
-use crate::ops::Ops;
+use crate::ops::GradOps;
 use crate::tensor::Tensor;
 
 /// A model that is being trained, and what it is trained by.
@@ -35,7 +34,7 @@ pub struct Trainer<'a> {
     rows: Rows,
     /// Those to evaluate by.
     eval_rows: Option<Rows>,
-    ops: Cpu,
+    ops: Box<dyn GradOps>,
     model: Llava,
     trained: Trained,
     recompute: Recompute,
@@ -75,7 +74,7 @@ pub struct Step {
 }
 
 impl<'a> Trainer<'a> {
-    /// Loads the model; `max_bad_rows` rows that cannot be used are left out, one more is an error. As many of those to evaluate by.
+    /// Loads the model onto a device that computes in f32; `max_bad_rows` rows that cannot be used are left out, one more is an error. As many of those to evaluate by.
     ///
     /// # Errors
     /// If the settings ask for what this version cannot do, by name; if the model cannot be loaded or trained; if there is nothing to do.
@@ -84,7 +83,7 @@ impl<'a> Trainer<'a> {
         checkpoint: &'a Checkpoint,
         masker: Masker<'a>,
         data: Dataset,
-        n_threads: usize,
+        ops: Box<dyn GradOps>,
         max_bad_rows: usize,
     ) -> Result<Self> {
         if !config.has_lora() {
@@ -96,9 +95,8 @@ impl<'a> Trainer<'a> {
         eval_rows.as_mut().map_or(Ok(()), |rows| rows.check(&masker))?;
         let lengths = lengths(config, &masker, &mut rows)?;
         let (sampler, n_steps) = course(config, lengths)?;
-        let ops = Cpu::new(n_threads, DType::F32)?;
-        let mut model = lora::load(&ops, config, checkpoint)?;
-        model.train(&ops, trained_whole(config))?;
+        let mut model = lora::load(&*ops, config, checkpoint)?;
+        model.train(&*ops, trained_whole(config))?;
         let mut preprocess = checkpoint.config.preprocess.clone();
         match config.image_aspect_ratio {
             Some(AspectRatio::Pad) => preprocess.fit = Fit::Pad,
@@ -155,7 +153,7 @@ impl<'a> Trainer<'a> {
             model,
         };
         let keep = self.config.keep as usize;
-        checkpoint::write(output, keep, self.config, place, &self.ops, &mut self.model, &self.optimizer)
+        checkpoint::write(output, keep, self.config, place, &*self.ops, &mut self.model, &self.optimizer)
     }
 
     /// Goes on where the newest whole checkpoint in the folder `output` was written, if there is one; what is wrong with newer ones goes to
@@ -177,7 +175,7 @@ impl<'a> Trainer<'a> {
             let step = format!("the checkpoint of step {step} is of another run ({})", differences.join("; "));
             return Err(Error::file(output, step + ": go on with the settings that it has, or begin anew in a new folder"));
         }
-        found.restore(&self.ops, &mut self.model, &mut self.optimizer)?;
+        found.restore(&*self.ops, &mut self.model, &mut self.optimizer)?;
         self.sampler.go_to(*position);
         self.rows.bad.clone_from(bad_rows);
         self.n_done = *step;
@@ -214,7 +212,7 @@ impl<'a> Trainer<'a> {
         self.model.set_pass(None);
         // Where no row could be used there are no gradients, and moments alone would move the parameters.
         if done.n_learned > 0 {
-            let updated = self.optimizer.step(&self.ops, &mut self.model, self.schedule.factor(self.n_done));
+            let updated = self.optimizer.step(&*self.ops, &mut self.model, self.schedule.factor(self.n_done));
             done.grad_norm = updated.map_err(|e| e.within(format_args!("step {}", done.step)))?;
         }
         self.n_done += 1;
@@ -249,7 +247,7 @@ impl<'a> Trainer<'a> {
             n_learned += n;
             let pixels = self.prepare(&loaded)?;
             let tape = self.tape.as_mut().expect("it was just prepared");
-            sum += self.model.loss(&self.ops, tape, pixels.as_ref(), &loaded.batch())?;
+            sum += self.model.loss(&*self.ops, tape, pixels.as_ref(), &loaded.batch())?;
         }
         self.eval_rows = Some(rows);
         Ok((n_learned > 0).then_some(sum / n_learned as f64))
@@ -263,7 +261,7 @@ impl<'a> Trainer<'a> {
         if self.tape.is_none() || needed != had {
             let (config, trained) = (&self.checkpoint.config, self.trained);
             self.tape = None; // before the next takes memory
-            self.tape = Some(Tape::plan(&self.ops, config, trained, needed.0, needed.1, self.recompute)?);
+            self.tape = Some(Tape::plan(&*self.ops, config, trained, needed.0, needed.1, self.recompute)?);
         }
         if n_images == 0 {
             return Ok(None);
@@ -284,7 +282,7 @@ impl<'a> Trainer<'a> {
         let pixels = self.prepare(&loaded)?;
         let tape = self.tape.as_mut().expect("it was just prepared");
         let scale = 1.0 / (n_learned * n_batches) as f64;
-        let sum = self.model.gradients(&self.ops, tape, pixels.as_ref(), &loaded.batch(), scale as f32)?;
+        let sum = self.model.gradients(&*self.ops, tape, pixels.as_ref(), &loaded.batch(), scale as f32)?;
         done.loss += sum * scale;
         done.n_tokens += loaded.slots.len();
         done.n_learned += n_learned;
@@ -302,14 +300,14 @@ impl<'a> Trainer<'a> {
     pub fn save(&mut self, model: &Path, output: &Path) -> Result<()> {
         if self.config.has_lora() {
             let mut learned = BTreeMap::new();
-            self.model.visit_learned(&self.ops, &mut |name, tensor| {
+            self.model.visit_learned(&*self.ops, &mut |name, tensor| {
                 learned.insert(name.to_owned(), tensor);
                 Ok(())
             })?;
             return lora::save(self.config, self.checkpoint, learned, model, output);
         }
         let mut rewrite = save::Rewrite::begin(self.checkpoint, output)?;
-        self.model.visit_learned(&self.ops, &mut |name, tensor| rewrite.put(name, &tensor))?;
+        self.model.visit_learned(&*self.ops, &mut |name, tensor| rewrite.put(name, &tensor))?;
         rewrite.finish(model, output)
     }
 }

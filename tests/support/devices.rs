@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use llava_engine::cpu::Cpu;
 use llava_engine::cpu::simd::Isa;
 use llava_engine::dtype::DType;
-use llava_engine::engine::{EngineOptions, open_device};
+use llava_engine::engine::{EngineOptions, open_device, open_grad_device};
 use llava_engine::ops::{GradOps, Matrix, Ops};
 use llava_engine::tensor::Tensor;
 
@@ -32,10 +32,53 @@ pub fn devices() -> Vec<TestDevice> {
     all
 }
 
-/// Those that train: the CPU, in each instruction set that this machine has.
+/// Those that train: the CPU, in each instruction set that this machine has, and the CUDA kernels.
 pub fn grad_devices() -> Vec<TestDevice<dyn GradOps>> {
+    grad_cpus().into_iter().chain(grad_kernel_devices()).collect()
+}
+
+/// The CPU in each instruction set that this machine has.
+pub fn grad_cpus() -> Vec<TestDevice<dyn GradOps>> {
     let supported = Isa::ALL.into_iter().filter(|isa| isa.is_supported());
     supported.enumerate().map(|(i, isa)| cpu_with(isa, 1 + i % 3)).collect()
+}
+
+/// As [`kernel_devices`], to train.
+pub fn grad_kernel_devices() -> Vec<TestDevice<dyn GradOps>> {
+    let Some(device) = kernel_device() else { return Vec::new() };
+    let open =
+        |dtype| TestDevice { name: format!("{device} in {dtype}"), ops: open_grad_device(device, 2, dtype).unwrap().0, dtype };
+    [DType::F32, DType::F16, DType::Bf16].map(open).into()
+}
+
+/// Checks that `results` are the same to the last bit on the CPU with any number of threads, and on other devices from run to run.
+pub fn check_repeatable<R: PartialEq>(results: impl Fn(&TestDevice<dyn GradOps>) -> R) {
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+        let one = results(&cpu_with(isa, 1));
+        for threads in [1, 2, 3, 7] {
+            assert!(results(&cpu_with(isa, threads)) == one, "{isa} with {threads} threads");
+        }
+    }
+    for device in grad_kernel_devices() {
+        assert!(results(&device) == results(&device), "{}", device.name);
+    }
+}
+
+/// What is exact for several devices: computed for the first of those that have one key, which come one after the other.
+pub struct Shared<K, T>(Option<(K, T)>);
+
+impl<K: PartialEq, T> Shared<K, T> {
+    pub fn new() -> Self {
+        Self(None)
+    }
+
+    /// That of `key`.
+    pub fn get(&mut self, key: K, compute: impl FnOnce() -> T) -> &mut T {
+        if self.0.as_ref().is_none_or(|(of, _)| *of != key) {
+            self.0 = Some((key, compute()));
+        }
+        &mut self.0.as_mut().unwrap().1
+    }
 }
 
 /// The CPU with an instruction set.
