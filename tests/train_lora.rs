@@ -47,6 +47,10 @@ fn an_adapter_learns_its_rows_and_answers_over_its_base() {
         assert_ne!(answer(&model, None, "Describe it."), expected);
         assert_eq!(answer(&model, Some(&out), "Describe it."), expected, "{base}, {tower}");
 
+        // An original LLaVA's loader asks for its configuration beside the adapter.
+        let configuration = |folder: &Path| fs::read(folder.join("config.json")).ok();
+        assert_eq!(configuration(&out), configuration(&model).filter(|_| base.starts_with("orig")));
+
         let merged = folder.path().join("merged");
         let [model, out, merged_dir] = [&model, &out, &merged].map(|path| path.to_str().unwrap());
         succeed(&["merge", "--model", model, "--lora", out, "--output", merged_dir]);
