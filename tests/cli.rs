@@ -246,7 +246,7 @@ fn a_model_that_is_something_else_is_told_what_it_is() {
     let (_projector_dir, projector) = copy("orig_projector_over_base");
     let table = [
         (folder("empty", &[]), &["empty: an empty folder"][..]),
-        (folder("lora", &["adapter_config.json"]), &["a LoRA adapter", "merge it"]),
+        (folder("lora", &["adapter_config.json"]), &["a LoRA adapter", "--lora"]),
         (folder("bare", &["config.json"]), &["model_type"]),
         (format!("{gguf}/a.gguf"), &["a.gguf", "not a GGUF file"]),
         (gguf, &["a.gguf", "not a GGUF file"]),

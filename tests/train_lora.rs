@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -42,10 +42,14 @@ fn an_adapter_learns_its_rows_and_answers_over_its_base() {
         let steps = log(&out);
         let loss = |i: usize| steps[i]["loss"].as_f64().unwrap();
         assert!(loss(steps.len() - 1) < 0.2 * loss(0), "{base}, {tower}: {} to {}", loss(0), loss(steps.len() - 1));
-        assert_eq!(steps[10]["lr"].as_f64().unwrap() > 5e-3, true, "{}", steps[10]);
+        assert!(steps[10]["lr"].as_f64().unwrap() > 5e-3, "{}", steps[10]);
         let expected = "It has four sides.";
         assert_ne!(answer(&model, None, "Describe it."), expected);
         assert_eq!(answer(&model, Some(&out), "Describe it."), expected, "{base}, {tower}");
+
+        // An original LLaVA's loader asks for its configuration beside the adapter.
+        let configuration = |folder: &Path| fs::read(folder.join("config.json")).ok();
+        assert_eq!(configuration(&out), configuration(&model).filter(|_| base.starts_with("orig")));
 
         let merged = folder.path().join("merged");
         let [model, out, merged_dir] = [&model, &out, &merged].map(|path| path.to_str().unwrap());
@@ -113,9 +117,15 @@ fn additions_begin_with_nothing() {
         assert!(done.ok, "{}", done.stderr);
         log(&folder.path().join(name))[0]["loss"].as_f64().unwrap()
     };
-    let lora = first("lora", &["--tune", "lora", "--lora-r", "64", "--tune-vision", "lora"]);
+    let lora = ["--tune", "lora", "--lora-r", "64", "--tune-vision", "lora"];
+    let of_another_seed = {
+        first("seed", &[&lora[..], &["--seed", "43"]].concat());
+        factors(&folder.path().join("seed"))
+    };
+    let lora = first("lora", &lora);
     let base = first("base", &["--tune", "projector"]);
     assert!((lora - base).abs() < 1e-6 * base, "{lora} is not {base}");
+    let mut seen = BTreeSet::new();
     for (name, (shape, values)) in factors(&folder.path().join("lora")) {
         let Some(factor) = name.split("lora_").nth(1) else { continue };
         let max = values.iter().fold(0f32, |max, v| max.max(v.abs()));
@@ -125,6 +135,10 @@ fn additions_begin_with_nothing() {
         match factor {
             "A.weight" => {
                 assert!(max <= bound && max > 0.97 * bound, "{name}: {max} of {bound}");
+                assert!(
+                    values != of_another_seed[&name].1 && seen.insert(bytemuck::cast_slice::<f32, u8>(&values).to_vec()),
+                    "{name}"
+                );
                 assert!(mean.abs() < 0.06 * bound && (std * 3f32.sqrt() / bound - 1.0).abs() < 0.06, "{name}: {mean}, {std}");
             }
             _ => assert_eq!(max, 0.0, "{name}"),

@@ -128,6 +128,7 @@ fn what_cannot_be_done_is_said() {
         assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
     };
     fails("x", &["--tune", "lora", "--base-bits", "4"], &["base_bits is 4", "bf16", "quantize --bits 4"]);
+    fails("x", &["--tune", "full", "--tune-vision", "lora"], &["tune_vision", "tune = lora"]);
     fails("x", &["--tune", "lora", "--lora-r", "0"], &["lora_r"]);
     fails("x", &["--tune", "lora", "--lora-targets", "lm_head"], &["lora_targets", "lm_head", "q_proj"]);
     fails("x", &["--tune", "full", "--recompute", "none"], &["recompute", "selective"]);

@@ -7,7 +7,7 @@ use super::param::{Param, VisitParams};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::grad::{GradOps, Update};
-use crate::ops::{Epilogue, Matrix, Ops, Weight};
+use crate::ops::{Epilogue, Matrix, Ops, RowCopy, Weight};
 use crate::tensor::Tensor;
 
 /// y\[:, c..c+n\] += s·B·A·dropout(x), where c is the column of the part of a weight that it adds to.
@@ -81,7 +81,7 @@ impl Scratch {
         let r = r.reshaped(&[shape.iter().product::<usize>() / width, width])?;
         let mut out = ops.alloc(r.shape(), ops.activation_dtype())?;
         ops.linear(&mut out, &r, &Weight::stacked(vec![identity])?, None, epilogue)?;
-        let whole = crate::ops::RowCopy { dst: 0, src: 0, n_rows: shape[0] };
+        let whole = RowCopy { dst: 0, src: 0, n_rows: shape[0] };
         ops.copy_rows(y, &out.reshaped(&shape)?, &[whole])
     }
 
@@ -183,7 +183,7 @@ impl Lora {
         let (mut through, mut kept) = (gradient()?, gradient()?);
         ops.linear_dx(&mut through, d_hidden, &self.a, Update::Set)?;
         ops.dropout(&mut kept, &through, p, key)?;
-        ops.add_rows(dx, &kept, &[crate::ops::RowCopy { dst: 0, src: 0, n_rows: kept.rows() }])
+        ops.add_rows(dx, &kept, &[RowCopy { dst: 0, src: 0, n_rows: kept.rows() }])
     }
 
     /// Shows its factors, if they learn, as modules of `name`.

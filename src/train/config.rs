@@ -327,6 +327,9 @@ impl Config {
         if self.stage == Stage::Pretrain && (self.tune != Tune::Projector || self.tune_vision != TuneVision::Off) {
             return refuse("stage = pretrain trains the projector alone: take tune = projector and tune_vision = off");
         }
+        if self.tune == Tune::Full && self.tune_vision == TuneVision::Lora {
+            return refuse("a decoder that learns whole leaves no adapter: take tune_vision = full or off, or tune = lora");
+        }
         if ![16, 8, 4].contains(&self.base_bits) {
             return refuse(&format!("base_bits = {} makes no sense: it must be 16, 8 or 4", self.base_bits));
         }

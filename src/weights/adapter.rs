@@ -289,8 +289,9 @@ fn canonical(name: &str) -> Result<Option<String>, String> {
             None => Err("adds to a module that LLaVA does not have".to_owned()),
         };
     }
-    // As they are called within a model of PEFT.
-    let name = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".");
+    // As they are called within a model of PEFT; it saves a head that it adds to whole as well.
+    let within = [".modules_to_save.default.", ".modules_to_save.", ".base_layer."];
+    let name = within.iter().fold(name.to_owned(), |name, within| name.replace(within, "."));
     let is_unused = ["post_layernorm", "position_ids", "inv_freq", "original_module."].iter().any(|part| name.contains(part));
     match names::canonical(&name) {
         Some(canonical) => Ok(Some(canonical)),
@@ -318,6 +319,7 @@ mod tests {
             ("model.mm_projector.2.bias", "projector.linear_2.bias"),
             ("model.multi_modal_projector.linear_1.weight", "projector.linear_1.weight"),
             ("model.multi_modal_projector.modules_to_save.default.linear_1.weight", "projector.linear_1.weight"),
+            ("lm_head.base_layer.weight", "llama.lm_head.weight"),
             ("lm_head.lora_B.weight", "llama.lm_head.lora_b.weight"),
         ] {
             for name in [name.to_owned(), format!("{PREFIX}{name}")] {

@@ -175,10 +175,10 @@ def change_projector(projector, key: str) -> None:
 
 
 def peft_folder() -> None:
-    """As PEFT writes it today: patterns for rank and alpha, suffixes that hit the vision tower as well, a projector of its own."""
+    """As PEFT writes it today: the head among what is added to, patterns for rank and alpha, suffixes that hit the vision tower as well, a projector of its own."""
     name, case = "hf_mha_f32", "template"
     spec, checkpoint, model = open_hf(name)
-    config = LoraConfig(r=3, lora_alpha=7, lora_dropout=0.05, target_modules=DECODER, modules_to_save=["multi_modal_projector"],
+    config = LoraConfig(r=3, lora_alpha=7, lora_dropout=0.05, target_modules=DECODER + ["lm_head"], modules_to_save=["multi_modal_projector"],
                         rank_pattern={"down_proj": 2}, alpha_pattern={"layers.1.self_attn.q_proj": 12, "up_proj": 5})
     model = get_peft_model(model, config)
     randomize(model, "peft")
