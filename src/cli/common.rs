@@ -10,7 +10,6 @@ use llava_engine::dtype::DType;
 use llava_engine::engine::{Engine, EngineOptions, GenerateOptions};
 use llava_engine::error::{Error, Result};
 use llava_engine::image::{ImageSource, Limits, RgbImage};
-use llava_engine::infer::lookup::MAX_DRAFT;
 use llava_engine::infer::sampler::SamplingOptions;
 use llava_engine::model::config::Profile;
 use llava_engine::ops::{ArithmeticPeak, Operands, Peaks, kv};
@@ -183,23 +182,15 @@ impl SamplingArgs {
             repetition_penalty: self.repetition_penalty,
             seed: self.seed,
         };
-        sampling.validate()?;
-        if self.max_new_tokens == 0 {
-            return Err(Error::usage("an answer of 0 tokens: --max-new-tokens must be at least 1"));
-        }
-        if self.prompt_lookup > MAX_DRAFT {
-            return Err(Error::usage(format!(
-                "--prompt-lookup {}: at most {MAX_DRAFT} tokens are guessed at a time",
-                self.prompt_lookup
-            )));
-        }
-        Ok(GenerateOptions {
+        let options = GenerateOptions {
             sampling,
             max_new_tokens: self.max_new_tokens,
             stop: self.stop.clone(),
             ignore_eos: false,
             prompt_lookup: self.prompt_lookup,
-        })
+        };
+        options.validate()?;
+        Ok(options)
     }
 }
 

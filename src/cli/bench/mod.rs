@@ -28,9 +28,12 @@ const MAX_BATCH: usize = 1024;
 #[command(after_help = "Example:
   llava-engine bench --shape llava-1.5-7b --weights bf16 --prompt-tokens 640 --new-tokens 64")]
 pub struct Args {
-    /// Model: a folder, or a hub id; with random weights of a known shape if absent
+    /// Model: a folder, a GGUF file or a hub id; with random weights of a known shape if absent
     #[arg(long, env = "LLAVA_MODEL", value_name = "PATH|HF_ID")]
     model: Option<PathBuf>,
+    /// Vision tower and projector of a GGUF model; the only such file beside it if absent
+    #[arg(long, env = "LLAVA_MMPROJ", requires = "model", value_name = "FILE")]
+    mmproj: Option<PathBuf>,
     /// Shape whose weights are made up: llava-1.5-7b or llava-1.5-13b
     #[arg(long, conflicts_with = "model", value_name = "NAME")]
     shape: Option<String>,
@@ -88,6 +91,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let options = EngineOptions {
         device,
         threads: args.threads,
+        mmproj: args.mmproj.clone(),
         context_tokens: Some(args.prompt_tokens + args.new_tokens),
         n_contexts: most,
         profile_ops: true,
