@@ -239,6 +239,36 @@ fn many_parts() {
     }
 }
 
+/// Rows of a packed table are what its integers mean, rounded once: the reference is `Packed::to_f32`.
+#[test]
+fn packed_tables() {
+    for device in devices() {
+        for (bits, group, has_offsets, hidden) in
+            [(8, 32, false, 32), (8, 128, false, 1152), (4, 64, false, 192), (4, 32, false, 96), (4, 32, true, 160)]
+        {
+            let format = Format::new(bits, group, has_offsets).unwrap();
+            let table = Matrix::Packed(Arc::new(packed(&device, 35, hidden, format, 3)));
+            let ids = [34, 0, 16, 15, 16];
+            let mut y = device.blank(&[ids.len(), hidden]);
+            device.ops.embed(&mut y, &table, &ids).unwrap();
+            let values = device.matrix(&table);
+            let expected = ids.iter().flat_map(|&id| &values[id as usize * hidden..][..hidden]);
+            for (i, (got, expected)) in device.get(&y).into_iter().zip(expected).enumerate() {
+                // On kernels, an offset that is small beside the scale loses 2^-20 of that (kernels/packed.cuh); scales are below 0.2 here.
+                let is_exact = !has_offsets || device.name.starts_with("cpu");
+                let bound = if is_exact { 0.0 } else { 2e-7 + device.epsilon() as f32 * expected.abs() };
+                let expected = rounded(*expected, device.dtype);
+                assert!((got - expected).abs() <= bound, "{format}, {i} on {}: {got}, not {expected}", device.name);
+            }
+            device.ops.embed(&mut device.blank(&[0, hidden]), &table, &[]).unwrap();
+            let error = device.ops.embed(&mut device.blank(&[1, hidden]), &table, &[35]).unwrap_err().to_string();
+            assert_eq!(error, "embed: token id is 35, expected \"below 35\"");
+            let error = device.ops.embed(&mut device.blank(&[1, hidden + 1]), &table, &[3]).unwrap_err().to_string();
+            assert!(error.contains("embed: y is"), "{error}");
+        }
+    }
+}
+
 #[test]
 fn no_tokens() {
     for device in devices() {

@@ -24,6 +24,8 @@ kernels! {
     LayerNorm "layer_norm_fwd"
     SiluMul "silu_mul_fwd"
     Embed "embed_fwd"
+    EmbedPacked4 "embed_packed4_fwd"
+    EmbedPacked8 "embed_packed8_fwd"
     CopyRows "copy_rows_fwd"
     Patchify "patchify_fwd"
     ClipEmbed "clip_embed_fwd"

@@ -65,6 +65,12 @@ fn tiles(dtype: DType, bits: usize) -> &'static [Tile] {
     &of_dtype[usize::from(bits == 8)]
 }
 
+/// Where its words, scales and offsets lie; null if there are no offsets.
+pub(super) fn pointers(op: &'static str, matrix: &Packed) -> Result<[DevicePtr; 3]> {
+    let offsets = matrix.offsets.as_ref().map_or(Ok(DevicePtr(0)), |offsets| address(op, "offsets", offsets))?;
+    Ok([address(op, "words", &matrix.words)?, address(op, "scales", &matrix.scales)?, offsets])
+}
+
 impl Cuda {
     /// The product with packed matrices of one format, at most [`MAX_PARTS`] of them.
     ///
@@ -72,19 +78,15 @@ impl Cuda {
     /// The operands are what they say, and the matrices have their k columns.
     pub(super) unsafe fn packed(&self, operands: &Operands, parts: &[&Packed]) -> Result<()> {
         let mut n = [0; MAX_PARTS];
-        let mut pointers = [DevicePtr(0); 3 * MAX_PARTS];
+        let mut at = [DevicePtr(0); 3 * MAX_PARTS];
         for (i, part) in parts.iter().enumerate() {
             n[i] = part.n;
-            pointers[3 * i] = address(OP, "words", &part.words)?;
-            pointers[3 * i + 1] = address(OP, "scales", &part.scales)?;
-            if let Some(offsets) = &part.offsets {
-                pointers[3 * i + 2] = address(OP, "offsets", offsets)?;
-            }
+            at[3 * i..3 * i + 3].copy_from_slice(&pointers(OP, part)?);
         }
         if operands.tokens == 0 || n == [0; MAX_PARTS] {
             return Ok(());
         }
-        let mut product = operands.with(n, pointers)?;
+        let mut product = operands.with(n, at)?;
         product.scalars.push(int(OP, "group", parts[0].group)?);
         let bits = parts[0].bits;
         if operands.tokens <= GEMV_MAX_TOKENS {
