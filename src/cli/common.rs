@@ -35,6 +35,10 @@ pub struct ModelArgs {
     /// What keys and values of the context are kept in: auto (what it computes in), f32, bf16, f16, or int8, which halves their memory
     #[arg(long, env = "LLAVA_KV_CACHE_DTYPE", default_value = "auto", value_name = "DTYPE")]
     pub kv_cache_dtype: String,
+    /// On CUDA, rounds activations to 8 bits for products of more than 8 tokens with weights of 8 bits, which then run on integer tensor cores;
+    /// the CPU always does so
+    #[arg(long)]
+    pub w8a8: bool,
     /// CPU threads; 0 for as many as the machine has
     #[arg(long, env = "LLAVA_THREADS", default_value_t = 0, value_name = "N")]
     pub threads: usize,
@@ -72,6 +76,7 @@ impl ModelArgs {
             device: self.device.parse::<Device>()?,
             dtype,
             kv_dtype: kv::dtype(&self.kv_cache_dtype)?,
+            w8a8: self.w8a8,
             threads: self.threads,
             model_base: self.model_base.clone(),
             mmproj: self.mmproj.clone(),

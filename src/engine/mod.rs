@@ -45,6 +45,8 @@ pub struct EngineOptions {
     /// What keys and values are kept in: f32, f16, bf16, or i8 with a scale for each token and head, which halves a context's memory;
     /// `None` takes what it computes in.
     pub kv_dtype: Option<DType>,
+    /// On CUDA: whether activations are rounded to 8 bits for products of more than 8 tokens with weights of 8 bits, as the CPU always does.
+    pub w8a8: bool,
     /// CPU threads; 0 for as many as the machine has.
     pub threads: usize,
     /// The language model that an `mm_projector.bin` was trained for.
@@ -284,16 +286,16 @@ pub fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice
     let mut note = None;
     let mut ops: Box<dyn Ops> = match options.device {
         Device::Cpu => cpu()?,
-        Device::Cuda(ordinal) => Box::new(Cuda::open(ordinal, compute)?),
+        Device::Cuda(ordinal) => Box::new(Cuda::open(ordinal, compute)?.with_w8a8(options.w8a8)),
         #[cfg(llava_sim)]
-        Device::Sim => Box::new(Cuda::simulated(options.threads, compute)?),
+        Device::Sim => Box::new(Cuda::simulated(options.threads, compute)?.with_w8a8(options.w8a8)),
         #[cfg(not(llava_sim))]
         Device::Sim => {
             return Err(Error::Unsupported("this build has no kernel simulator: it was made without a C++ compiler".into()));
         }
         Device::Auto if !Cuda::has_driver() => cpu()?,
         Device::Auto => {
-            let (ops, why) = gpu_or(Cuda::open(0, compute), cpu)?;
+            let (ops, why) = gpu_or(Cuda::open(0, compute).map(|cuda| cuda.with_w8a8(options.w8a8)), cpu)?;
             note = why;
             ops
         }

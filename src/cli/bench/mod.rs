@@ -58,6 +58,9 @@ pub struct Args {
     /// Where it runs: auto, cpu, cuda, cuda:N, or sim
     #[arg(long, env = "LLAVA_DEVICE", default_value = "auto")]
     device: String,
+    /// On CUDA, rounds activations to 8 bits for products of more than 8 tokens with weights of 8 bits, as the CPU always does
+    #[arg(long)]
+    w8a8: bool,
     /// CPU threads; 0 for as many as the machine has
     #[arg(long, env = "LLAVA_THREADS", default_value_t = 0, value_name = "N")]
     threads: usize,
@@ -90,6 +93,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     let options = EngineOptions {
         device,
+        w8a8: args.w8a8,
         threads: args.threads,
         mmproj: args.mmproj.clone(),
         context_tokens: Some(args.prompt_tokens + args.new_tokens),
