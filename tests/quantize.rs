@@ -13,11 +13,15 @@ use serde_json::Value;
 use support::fixture;
 use support::program::{break_weight, copy_dir, fail, quantize, succeed};
 
-/// Log-probabilities of a prompt with a picture.
+/// Log-probabilities of a prompt with a picture, on the CPU.
 fn logprobs(model: &Path, flags: &[&str]) -> Vec<f64> {
+    logprobs_on("cpu", model, flags)
+}
+
+fn logprobs_on(device: &str, model: &Path, flags: &[&str]) -> Vec<f64> {
     let image = fixture("images").join("square.png");
     let prompt = ["--raw-prompt", "USER: <image>\nWhat is this? ASSISTANT:", "--image", image.to_str().unwrap(), "--json"];
-    let report = succeed(&[&["score", "--device", "cpu", "--model", model.to_str().unwrap()], &prompt[..], flags].concat());
+    let report = succeed(&[&["score", "--device", device, "--model", model.to_str().unwrap()], &prompt[..], flags].concat());
     let report: Value = serde_json::from_str(&report).unwrap();
     report["logprobs"].as_array().unwrap().iter().map(|l| l.as_f64().unwrap()).collect()
 }
@@ -109,6 +113,21 @@ fn packed_matrices_are_those_of_the_model() {
         let tensor = |c: &Checkpoint| c.weights.tensor(&format!("{name}.weight"), &shape).unwrap().to_f32();
         assert_eq!(tensor(&before), tensor(&after), "{name}");
     }
+}
+
+/// The kernels with `--w8a8` round activations as the CPU does, so that they come nearer to it than without.
+#[test]
+fn rounded_activations_are_the_cpus() {
+    let Some(device) = support::kernel_device() else { return println!("skipped: neither a GPU nor the simulator") };
+    let dir = tempfile::tempdir().unwrap();
+    quantize(&fixture("checkpoints/hf_mha_f32"), dir.path(), &["--bits", "8", "--group-size", "32"]);
+    let cpu = logprobs(dir.path(), &[]);
+    let distance = |flags: &[&str]| -> f64 {
+        let got = logprobs_on(&device.to_string(), dir.path(), flags);
+        cpu.iter().zip(&got).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt()
+    };
+    let (rounded, exact) = (distance(&["--w8a8"]), distance(&[]));
+    assert!(rounded < 0.5 * exact, "{rounded} with 8-bit activations, {exact} without");
 }
 
 #[test]
