@@ -71,7 +71,7 @@ const char *llava_last_error(void);
 
 // Opens the model in the folder or GGUF file, or of the hub id, `model`, and stores the engine in `*engine`.
 //
-// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `check_ops`, `check_nan`, `threads`,
+// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `w8a8`, `check_ops`, `check_nan`, `threads`,
 // `model_base`, `mmproj`, `lora`, `preprocess`, `template`, `context_tokens`. They mean what the flags of the command line mean.
 //
 // # Safety

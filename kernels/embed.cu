@@ -1,6 +1,6 @@
 // What makes the rows that the models begin with: gathers, copies, and CLIP's patches.
 //
-//   embed_fwd:      y[i] = table[ids[i]]
+//   embed_fwd:      y[i] = table[ids[i]]; embed_packed*_fwd: the same of a packed table (packed.cuh)
 //   copy_rows_fwd:  y[to] = x[from] for each pair (to, from)
 //   patchify_fwd:   y[(image, pr, pc), (c, r, s)] = pixels[image, c, pr·p + r, pc·p + s]
 //   clip_embed_fwd: y[(image, 0)] = class + positions[0],   y[(image, 1 + j)] = patches[image·(n − 1) + j] + positions[1 + j]
@@ -8,9 +8,10 @@
 // Layouts: table [vocab, hidden], x, y, patches [rows, hidden] of T; ids [rows], pairs [n_pairs, 2] i32; pixels [images, 3, height, width]
 // f32, height and width multiples of p; class [hidden], positions [n, hidden] f32. All contiguous; any hidden, any alignment of T.
 // Indices are within their tables, no two pairs have the same `to` (checked in cuda/rows.rs).
-// Grid: one block for each row of y, or each pair. Copies are exact, patchify rounds once, clip_embed adds in f32 and rounds once.
+// Grid: one block for each row of y, or each pair. Copies are exact, patchify and a packed table's weights are rounded once, clip_embed adds in f32 and rounds once.
 // Writes y with `=`. No shared memory.
 #include "common.cuh"
+#include "packed.cuh"
 
 namespace {
 
@@ -29,6 +30,13 @@ template <typename T> __device__ inline void embed_fwd(T* y, const T* table, con
     begin_launch();
     const size_t row = blockIdx.x;
     copy_row(y + row * hidden, table + size_t(ids[row]) * hidden, hidden);
+}
+
+// An element at a time: it is a row for each token, next to all the matrices.
+template <int BITS, typename T> __device__ inline void embed_packed_fwd(T* y, const Packed<BITS>& table, const int* ids) {
+    begin_launch();
+    const size_t row = blockIdx.x;
+    for (int i = threadIdx.x; i < table.k; i += THREADS) y[row * table.k + i] = from_f32<T>(table.at(ids[row], i));
 }
 
 template <typename T> __device__ inline void copy_rows_fwd(T* y, const T* x, const int* pairs, int hidden) {
@@ -75,9 +83,17 @@ __device__ inline void clip_embed_fwd(T* y, const T* patches, const float* cls, 
 
 }  // namespace
 
+#define EMBED_PACKED(BITS, T, suffix)                                                                                            \
+    KERNEL(THREADS) embed_packed##BITS##_fwd_##suffix(T* y, const int* words, const f16* scales, const f16* offsets,             \
+                                                      const int* ids, int hidden, int group) {                                   \
+        embed_packed_fwd<BITS, T>(y, Packed<BITS>{words, scales, offsets, hidden, __ffs(group) - 1}, ids);                       \
+    }                                                                                                                            \
+    REGISTER_KERNEL(embed_packed##BITS##_fwd_##suffix)
 #define INSTANCE(T, suffix)                                                                                                           \
     KERNEL(THREADS) embed_fwd_##suffix(T* y, const T* table, const int* ids, int hidden) { embed_fwd<T>(y, table, ids, hidden); }    \
     REGISTER_KERNEL(embed_fwd_##suffix)                                                                                              \
+    EMBED_PACKED(4, T, suffix)                                                                                                       \
+    EMBED_PACKED(8, T, suffix)                                                                                                       \
     KERNEL(THREADS) copy_rows_fwd_##suffix(T* y, const T* x, const int* pairs, int hidden) { copy_rows_fwd<T>(y, x, pairs, hidden); } \
     REGISTER_KERNEL(copy_rows_fwd_##suffix)                                                                                          \
     KERNEL(THREADS) patchify_fwd_##suffix(T* y, const float* pixels, int height, int width, int p) {                                 \

@@ -122,6 +122,7 @@ struct OpenRequest {
     kv_cache_dtype: Option<String>,
     check_ops: bool,
     check_nan: bool,
+    w8a8: bool,
     threads: usize,
     model_base: Option<PathBuf>,
     mmproj: Option<PathBuf>,
@@ -143,6 +144,7 @@ impl OpenRequest {
             device: self.device.as_deref().unwrap_or("auto").parse()?,
             dtype: self.dtype.as_deref().filter(|d| *d != "auto").map(str::parse).transpose()?,
             kv_dtype: kv::dtype(self.kv_cache_dtype.as_deref().unwrap_or("auto"))?,
+            w8a8: self.w8a8,
             threads: self.threads,
             model_base: self.model_base,
             mmproj: self.mmproj,
@@ -232,7 +234,7 @@ pub extern "C" fn llava_last_error() -> *const c_char {
 
 /// Opens the model in the folder or GGUF file, or of the hub id, `model`, and stores the engine in `*engine`.
 ///
-/// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `check_ops`, `check_nan`, `threads`,
+/// `options_json` is null or an object with any of: `device`, `dtype`, `kv_cache_dtype`, `w8a8`, `check_ops`, `check_nan`, `threads`,
 /// `model_base`, `mmproj`, `lora`, `preprocess`, `template`, `context_tokens`. They mean what the flags of the command line mean.
 ///
 /// # Safety

@@ -38,13 +38,14 @@ impl Checked {
     }
 
     fn host_weight(&self, w: &Weight) -> Result<Weight> {
-        let parts = w.parts.iter().map(|part| {
-            Ok(match part {
-                Matrix::Dense(tensor) => Matrix::Dense(Arc::new(self.host(tensor)?)),
-                Matrix::Packed(packed) => Matrix::Packed(Arc::new(packed.map(|t| self.device.to_host(t))?)),
-            })
-        });
-        Ok(Weight { parts: parts.collect::<Result<_>>()?, first_col: w.first_col })
+        Ok(Weight { parts: w.parts.iter().map(|part| self.host_matrix(part)).collect::<Result<_>>()?, first_col: w.first_col })
+    }
+
+    fn host_matrix(&self, matrix: &Matrix) -> Result<Matrix> {
+        Ok(match matrix {
+            Matrix::Dense(tensor) => self.host(tensor)?.into(),
+            Matrix::Packed(packed) => Matrix::Packed(Arc::new(packed.map(|t| self.device.to_host(t))?)),
+        })
     }
 
     /// What `run` makes of a copy of `y` with the reference, if there is one.
@@ -180,8 +181,8 @@ impl Ops for Checked {
         self.check("silu_mul", "y", y, expected)
     }
 
-    fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
-        let expected = self.expect(y, |reference, expected| reference.embed(expected, &self.host(table)?, ids))?;
+    fn embed(&self, y: &mut Tensor, table: &Matrix, ids: &[u32]) -> Result<()> {
+        let expected = self.expect(y, |reference, expected| reference.embed(expected, &self.host_matrix(table)?, ids))?;
         self.device.embed(y, table, ids)?;
         self.check("embed", "y", y, expected)
     }

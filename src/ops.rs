@@ -119,6 +119,11 @@ impl Matrix {
         }
     }
 
+    /// Bytes of a row, of those that can be read by themselves.
+    pub fn row_bytes(&self) -> usize {
+        self.bytes().checked_div(self.n()).unwrap_or(0)
+    }
+
     /// How its elements are stored, in a word: `bf16`, `int4`.
     pub fn storage(&self) -> String {
         match self {
@@ -134,6 +139,12 @@ impl Matrix {
             (Self::Packed(a), Self::Packed(b)) => a.format() == b.format(),
             _ => false,
         }
+    }
+}
+
+impl From<Tensor> for Matrix {
+    fn from(tensor: Tensor) -> Self {
+        Self::Dense(Arc::new(tensor))
     }
 }
 
@@ -283,8 +294,8 @@ pub trait Ops: Send + Sync {
     /// y = silu(gate) ⊙ up: gate_up `[tokens, 2·n]` (gate first), y `[tokens, n]`.
     fn silu_mul(&self, y: &mut Tensor, gate_up: &Tensor) -> Result<()>;
 
-    /// y\[i\] = table\[ids\[i\]\]: table `[vocab, hidden]`, y `[ids.len(), hidden]`.
-    fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()>;
+    /// y\[i\] = table\[ids\[i\]\]: table `[vocab, hidden]`, y `[ids.len(), hidden]`. Of a packed table, what its integers mean, rounded once.
+    fn embed(&self, y: &mut Tensor, table: &Matrix, ids: &[u32]) -> Result<()>;
 
     /// Resizes, crops or pads, and normalises: host pictures of any size → pixels f32 `[images, 3, crop_size, crop_size]`, the same in
     /// every bit as [`image::preprocess`](crate::image::preprocess) makes them.

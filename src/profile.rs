@@ -195,8 +195,8 @@ impl<D: Ops + ?Sized> Ops for Profiled<D> {
         })
     }
 
-    fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
-        let read = ids.len() * table.row_len() * table.dtype().size();
+    fn embed(&self, y: &mut Tensor, table: &Matrix, ids: &[u32]) -> Result<()> {
+        let read = ids.len() * table.row_bytes();
         self.timed("embed", Work { bytes: read + y.bytes(), stored_bytes: read, ..Work::default() }, |ops| ops.embed(y, table, ids))
     }
 

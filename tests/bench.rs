@@ -85,6 +85,7 @@ fn shapes_and_sizes_that_make_no_sense_are_refused() {
         (&["--batch-size", "1,0"], "from 1 to"),
         (&["--batch-size", "1,100000"], "from 1 to"),
         (&["--batch-size", "many"], "many"),
+        (&["--mmproj", "mmproj.gguf"], "--model"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_llava-engine")).arg("bench").args(flags).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();

@@ -3,7 +3,6 @@
 
 mod support;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Cursor, Read, Write};
 use std::path::{Path, PathBuf};
@@ -564,10 +563,10 @@ fn inspect_names_the_layout_and_adds_up() {
         let model = checkpoint(name);
         let report = run(&["inspect", "--model", &model, "--json"]).json();
         assert!(report["layout"].as_str().unwrap().starts_with(layout), "{report}");
-        let parts: BTreeMap<String, BTreeMap<String, u64>> = serde_json::from_value(report["parts"].clone()).unwrap();
+        let parts = report["parts"].as_object().unwrap();
         assert_eq!(parts.keys().collect::<Vec<_>>(), ["decoder", "embeddings", "projector", "vision"]);
         for total in ["parameters", "bytes"] {
-            assert_eq!(report[total], parts.values().map(|p| p[total]).sum::<u64>(), "{name}");
+            assert_eq!(report[total], parts.values().map(|p| p[total].as_u64().unwrap()).sum::<u64>(), "{name}");
         }
         assert!(name != "hf_mha_f32" || report["parameters"] == 90_144, "{report}");
         let kv = ["kv_bytes_per_token", "kv_bytes_full_context", "context_tokens"].map(|key| report[key].as_u64().unwrap());

@@ -95,11 +95,11 @@ fn embed_gathers_rows() {
             let table = device.round(&random(7 * hidden, 7));
             let ids = [6, 0, 3, 3];
             let mut y = device.blank(&[4, hidden]);
-            device.ops.embed(&mut y, &device.put(&[7, hidden], &table), &ids).unwrap();
+            device.ops.embed(&mut y, &device.put(&[7, hidden], &table).into(), &ids).unwrap();
             let expected: Vec<f32> = ids.iter().flat_map(|&id| &table[id as usize * hidden..][..hidden]).copied().collect();
             assert_eq!(device.get(&y), expected, "{} {hidden}", device.name);
         }
-        let error = device.ops.embed(&mut device.blank(&[1, 5]), &device.blank(&[7, 5]), &[7]).unwrap_err();
+        let error = device.ops.embed(&mut device.blank(&[1, 5]), &device.blank(&[7, 5]).into(), &[7]).unwrap_err();
         assert_eq!(error.to_string(), "embed: token id is 7, expected \"below 7\"");
     }
 }
@@ -109,9 +109,10 @@ fn embed_gathers_rows() {
 fn the_cpu_embeds_from_tables_of_any_dtype() {
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
         let table = Tensor::from_slice(&[7, 5], &random(35, 7)).converted(dtype);
+        let values = table.to_f32();
         let mut y = Tensor::zeros(&[2, 5], DType::F32);
-        Cpu::new(1, DType::F32).unwrap().embed(&mut y, &table, &[6, 2]).unwrap();
-        assert_eq!(y.as_slice::<f32>(), [&table.to_f32()[30..35], &table.to_f32()[10..15]].concat());
+        Cpu::new(1, DType::F32).unwrap().embed(&mut y, &table.into(), &[6, 2]).unwrap();
+        assert_eq!(y.as_slice::<f32>(), [&values[30..35], &values[10..15]].concat());
     }
 }
 
@@ -360,7 +361,7 @@ fn nothing_is_done_for_no_rows() {
         ops.rms_norm(&mut none(8), &none(8), &w, 1e-5).unwrap();
         ops.layer_norm(&mut none(8), &none(8), &w, &w, 1e-5).unwrap();
         ops.silu_mul(&mut none(8), &none(16)).unwrap();
-        ops.embed(&mut none(8), &device.blank(&[3, 8]), &[]).unwrap();
+        ops.embed(&mut none(8), &device.blank(&[3, 8]).into(), &[]).unwrap();
         ops.patchify(&mut none(12), &device.put_f32(&[0, 3, 4, 4], &[]), 0..0, 2).unwrap();
         ops.clip_embed(&mut none(8), &none(8), &w, &device.put_f32(&[2, 8], &[0.0; 16])).unwrap();
         ops.copy_rows(&mut none(8), &none(8), &[]).unwrap();
@@ -388,7 +389,7 @@ fn kernels_are_not_launched_on_other_dtypes_or_host_tensors() {
         refused(ops.rms_norm(&mut own2(), &host(), &w, 1e-5), "of the host");
         refused(ops.silu_mul(&mut there(&[4, 8], other), &own2()), "dtype of y");
         refused(ops.silu_mul(&mut there(&[4, 8], own), &host()), "of the host");
-        refused(ops.embed(&mut there(&[2, 16], own), &there(&[4, 16], other), &[0, 1]), "dtype of table");
+        refused(ops.embed(&mut there(&[2, 16], own), &there(&[4, 16], other).into(), &[0, 1]), "dtype of table");
         refused(ops.patchify(&mut there(&[1, 12], own), &there(&[1, 3, 2, 2], other), 0..1, 2), "dtype of pixels");
         refused(ops.clip_embed(&mut own2(), &there(&[2, 16], own), &w_other, &there(&[2, 16], DType::F32)), "dtype of class");
         refused(ops.copy_rows(&mut there(&[4, 16], other), &there(&[4, 16], other), &[]), "dtype of dst");

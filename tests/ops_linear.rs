@@ -12,7 +12,7 @@ use llava_engine::ops::{Epilogue, Matrix, Packed, Weight};
 use llava_engine::tensor::Tensor;
 use reference::linear::{linear as exact, naive_f32};
 use reference::{Errors, random};
-use support::devices::{TestDevice, devices, kernel_devices, rounded};
+use support::devices::{TestDevice, devices, kernel_devices, kernel_devices_with, rounded};
 
 /// Stands in the columns that must stay as they are; a value that every dtype holds.
 const SENTINEL: f32 = 12288.0;
@@ -41,11 +41,23 @@ struct Case {
     margin: (usize, usize),
     /// How W is packed, if it is.
     format: Option<Format>,
+    /// Whether x is rounded to 8 bits, and W is not rounded to x's dtype.
+    w8a8: bool,
 }
 
 impl Case {
     fn new(tokens: usize, n: usize, k: usize) -> Self {
-        Self { tokens, parts: vec![n], k, epilogue: EPILOGUES[0], bias: false, y_f32: false, margin: (0, 0), format: None }
+        Self {
+            tokens,
+            parts: vec![n],
+            k,
+            epilogue: EPILOGUES[0],
+            bias: false,
+            y_f32: false,
+            margin: (0, 0),
+            format: None,
+            w8a8: false,
+        }
     }
 
     /// The same with some choice of everything but the size; numbers from 0 on run through all of them.
@@ -108,8 +120,12 @@ impl Case {
                 assert_eq!(r, &result[row % PERIOD * n..][..n], "{what}: row {row} differs from an equal one");
             }
         }
-        let x = device.round(&x_sample);
-        let weights: Vec<f32> = device.round(&w.parts.iter().flat_map(|part| device.matrix(part)).collect::<Vec<_>>());
+        let mut x = device.round(&x_sample);
+        let mut weights: Vec<f32> = w.parts.iter().flat_map(|part| device.matrix(part)).collect();
+        match self.format {
+            Some(format) if self.w8a8 => x.chunks_mut(format.group).for_each(round_to_8_bits),
+            _ => weights = device.round(&weights),
+        }
         let exact = exact(&x, &weights, bias.as_deref(), &old_sample, k, self.epilogue.1);
         let naive = naive_f32(&x, &weights, bias.as_deref(), &old_sample, k, self.epilogue.1);
         let naive: Vec<f32> = naive.into_iter().map(|v| rounded(v, y_dtype)).collect();
@@ -235,6 +251,100 @@ fn many_parts() {
                 let format = Some(Format::new(4, 32, i == 1).unwrap());
                 Case { k: 96, format, ..case }.check(&device);
             }
+        }
+    }
+}
+
+/// A group of x as products with 8-bit activations take it: whole multiples of a 127th of its largest.
+fn round_to_8_bits(group: &mut [f32]) {
+    let scale = group.iter().fold(0.0, |m: f32, x| m.max(x.abs())) / 127.0;
+    group.iter_mut().for_each(|x| *x = (*x * (1.0 / scale)).round_ties_even() * scale);
+}
+
+/// 8-bit weights and activations: but for the rounding of x, which is known, results are as exact as f32 sums are.
+#[test]
+fn w8a8() {
+    for device in kernel_devices_with(true) {
+        let mut i = 0;
+        for group in [32, 64, 128] {
+            let format = Some(Format::new(8, group, false).unwrap());
+            // One token more than gemv_packed.cu takes, tiles that are not full, one row of W, one group; more steps of k than stages.
+            for (tokens, n, groups) in [(9, 3, 1), (9, 17, 5), (64, 64, 2), (65, 130, 3), (16, 1, 11), (130, 33, 7)] {
+                Case { format, w8a8: true, ..Case::new(tokens, n, group * groups) }.variant(i).check(&device);
+                i += 1;
+            }
+        }
+        // Large tiles, and many splits.
+        let case = |tokens, n, k, group| Case {
+            format: Some(Format::new(8, group, false).unwrap()),
+            w8a8: true,
+            ..Case::new(tokens, n, k)
+        };
+        case(300, 700, 96, 32).variant(1).check(&device);
+        case(9, 16, 2176, 128).check(&device);
+        // Others are as they are without: few tokens, 4 bits.
+        Case { w8a8: false, ..case(8, 19, 64, 32) }.check(&device);
+        Case { format: Some(Format::new(4, 32, false).unwrap()), ..Case::new(9, 19, 64) }.check(&device);
+    }
+}
+
+/// The integers are those of the CPU: in f32, results differ by the order of a few sums. What is not finite stays in its row.
+#[test]
+fn w8a8_is_the_cpus_product() {
+    let Some(kernels) = kernel_devices_with(true).into_iter().find(|device| device.dtype == DType::F32) else { return };
+    let [cpu, ..] = &devices()[..] else { unreachable!("the CPU is a device") };
+    let (tokens, n, k) = (23, 37, 1152);
+    let mut x = random(tokens * k, 5);
+    x[4 * k..5 * k].fill(0.0);
+    x[7 * k + 130] = f32::NAN;
+    x[8 * k + 1151] = f32::INFINITY;
+    // A group of numbers that have no scale.
+    x[9 * k..9 * k + 128].fill(1e-41);
+    let results = [cpu, &kernels].map(|device| {
+        let w = Weight::of(vec![Matrix::Packed(Arc::new(packed(device, n, k, Format::new(8, 128, false).unwrap(), 3)))]).unwrap();
+        let mut y = device.blank(&[tokens, n]);
+        device.ops.linear(&mut y, &device.put(&[tokens, k], &x), &w, None, Epilogue::Store).unwrap();
+        device.get(&y)
+    });
+    let [expected, got] = results;
+    for (row, (expected, got)) in expected.chunks(n).zip(got.chunks(n)).enumerate() {
+        if row == 7 || row == 8 {
+            assert!(got.iter().all(|y| y.is_nan()), "row {row}: {got:?}");
+            continue;
+        }
+        for (expected, got) in expected.iter().zip(got) {
+            // The CPU takes 128·Σp apart, so that it adds 18 terms of some tens; an integer off by one makes 5e-3.
+            assert!((expected - got).abs() <= 1e-4, "row {row}: {got}, not {expected}");
+        }
+    }
+}
+
+/// Rows of a packed table are what its integers mean, rounded once: the reference is `Packed::to_f32`.
+#[test]
+fn packed_tables() {
+    for device in devices() {
+        for (bits, group, has_offsets, hidden) in
+            [(8, 32, false, 32), (8, 128, false, 1152), (4, 64, false, 192), (4, 32, false, 96), (4, 32, true, 160)]
+        {
+            let format = Format::new(bits, group, has_offsets).unwrap();
+            let table = Matrix::Packed(Arc::new(packed(&device, 35, hidden, format, 3)));
+            let ids = [34, 0, 16, 15, 16];
+            let mut y = device.blank(&[ids.len(), hidden]);
+            device.ops.embed(&mut y, &table, &ids).unwrap();
+            let values = device.matrix(&table);
+            let expected = ids.iter().flat_map(|&id| &values[id as usize * hidden..][..hidden]);
+            for (i, (got, expected)) in device.get(&y).into_iter().zip(expected).enumerate() {
+                // On kernels, an offset that is small beside the scale loses 2^-20 of that (kernels/packed.cuh); scales are below 0.2 here.
+                let is_exact = !has_offsets || device.name.starts_with("cpu");
+                let bound = if is_exact { 0.0 } else { 2e-7 + device.epsilon() as f32 * expected.abs() };
+                let expected = rounded(*expected, device.dtype);
+                assert!((got - expected).abs() <= bound, "{format}, {i} on {}: {got}, not {expected}", device.name);
+            }
+            device.ops.embed(&mut device.blank(&[0, hidden]), &table, &[]).unwrap();
+            let error = device.ops.embed(&mut device.blank(&[1, hidden]), &table, &[35]).unwrap_err().to_string();
+            assert_eq!(error, "embed: token id is 35, expected \"below 35\"");
+            let error = device.ops.embed(&mut device.blank(&[1, hidden + 1]), &table, &[3]).unwrap_err().to_string();
+            assert!(error.contains("embed: y is"), "{error}");
         }
     }
 }

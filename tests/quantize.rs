@@ -13,11 +13,15 @@ use serde_json::Value;
 use support::fixture;
 use support::program::{break_weight, copy_dir, fail, quantize, succeed};
 
-/// Log-probabilities of a prompt with a picture.
+/// Log-probabilities of a prompt with a picture, on the CPU.
 fn logprobs(model: &Path, flags: &[&str]) -> Vec<f64> {
+    logprobs_on("cpu", model, flags)
+}
+
+fn logprobs_on(device: &str, model: &Path, flags: &[&str]) -> Vec<f64> {
     let image = fixture("images").join("square.png");
     let prompt = ["--raw-prompt", "USER: <image>\nWhat is this? ASSISTANT:", "--image", image.to_str().unwrap(), "--json"];
-    let report = succeed(&[&["score", "--device", "cpu", "--model", model.to_str().unwrap()], &prompt[..], flags].concat());
+    let report = succeed(&[&["score", "--device", device, "--model", model.to_str().unwrap()], &prompt[..], flags].concat());
     let report: Value = serde_json::from_str(&report).unwrap();
     report["logprobs"].as_array().unwrap().iter().map(|l| l.as_f64().unwrap()).collect()
 }
@@ -65,12 +69,14 @@ fn every_layout_becomes_a_folder_that_stands_alone() {
 fn packed_matrices_are_those_of_the_model() {
     let dir = tempfile::tempdir().unwrap();
     let model = fixture("checkpoints/hf_mha_f32");
-    quantize(&model, dir.path(), &["--bits", "4", "--head-bits", "4", "--vision-bits", "16", "--group-size", "32"]);
+    let four = ["--bits", "4", "--embedding-bits", "4", "--head-bits", "4"];
+    quantize(&model, dir.path(), &[&four[..], &["--vision-bits", "16", "--group-size", "32"]].concat());
     let (before, after) = (Checkpoint::open(&model, None).unwrap(), Checkpoint::open(dir.path(), None).unwrap());
     assert_eq!(before.config, after.config);
     let (text, vision) = (&before.config.text, &before.config.vision);
     let square = [text.hidden_size, text.hidden_size];
     for (module, [n, k]) in [
+        ("llama.embed_tokens", [text.vocab_size, text.hidden_size]),
         ("llama.layers.0.self_attn.q_proj", square),
         ("llama.layers.1.mlp.up_proj", [text.intermediate_size, text.hidden_size]),
         ("llama.lm_head", [text.vocab_size, text.hidden_size]),
@@ -86,6 +92,18 @@ fn packed_matrices_are_those_of_the_model() {
             assert!((w - got).abs() <= bound * scale.abs(), "{module} {i}: {w} became {got}, scale {scale}");
         }
     }
+    let report = |flags: &[&str]| succeed(&[&["inspect", "--model", dir.path().to_str().unwrap()], flags].concat());
+    let json: Value = serde_json::from_str(&report(&["--json"])).unwrap();
+    assert_eq!(json["packed_by"], "llava-engine quantize, rtn");
+    // Of two layers Q, K, V, the output, gate and up; the projector keeps its default of 8 bits.
+    let [four, eight] = [4, 8].map(|bits| format!("int{bits} in groups of 32"));
+    for (part, format, n) in [("decoder", &four, 12), ("embeddings", &four, 2), ("projector", &eight, 2)] {
+        assert_eq!(json["parts"][part]["packed"], serde_json::json!({ format.as_str(): n }), "{part}");
+    }
+    assert_eq!(json["parts"]["vision"]["packed"], serde_json::json!({}));
+    let printed = report(&[]);
+    let parts = ["packed by llava-engine quantize, rtn", &format!("12 matrices in {four}")];
+    assert!(parts.iter().all(|part| printed.contains(part)), "{printed}");
     // Rows of 48 are no groups of 32; the tower was to stay.
     for (name, shape) in [
         ("llama.layers.0.mlp.down_proj", [text.hidden_size, text.intermediate_size]),
@@ -95,6 +113,21 @@ fn packed_matrices_are_those_of_the_model() {
         let tensor = |c: &Checkpoint| c.weights.tensor(&format!("{name}.weight"), &shape).unwrap().to_f32();
         assert_eq!(tensor(&before), tensor(&after), "{name}");
     }
+}
+
+/// The kernels with `--w8a8` round activations as the CPU does, so that they come nearer to it than without.
+#[test]
+fn rounded_activations_are_the_cpus() {
+    let Some(device) = support::kernel_device() else { return println!("skipped: neither a GPU nor the simulator") };
+    let dir = tempfile::tempdir().unwrap();
+    quantize(&fixture("checkpoints/hf_mha_f32"), dir.path(), &["--bits", "8", "--group-size", "32"]);
+    let cpu = logprobs(dir.path(), &[]);
+    let distance = |flags: &[&str]| -> f64 {
+        let got = logprobs_on(&device.to_string(), dir.path(), flags);
+        cpu.iter().zip(&got).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt()
+    };
+    let (rounded, exact) = (distance(&["--w8a8"]), distance(&[]));
+    assert!(rounded < 0.5 * exact, "{rounded} with 8-bit activations, {exact} without");
 }
 
 #[test]
@@ -107,7 +140,7 @@ fn a_refused_run_leaves_no_checkpoint() {
     };
 
     let output = dir.path().join("new");
-    let nothing = ["--bits", "16", "--head-bits", "16", "--projector-bits", "16", "--vision-bits", "16"];
+    let nothing = ["--bits", "16", "--embedding-bits", "16", "--head-bits", "16", "--projector-bits", "16", "--vision-bits", "16"];
     for flags in [&["--bits", "5"][..], &["--bits", "4", "--group-size", "48"], &nothing] {
         let (code, message) = run(&model, &output, flags);
         assert!(code == 2 && !output.exists(), "{flags:?}: {code} {message}");
@@ -120,17 +153,17 @@ fn a_refused_run_leaves_no_checkpoint() {
     let (code, message) = run(&output, &dir.path().join("again"), &["--bits", "4"]);
     assert!(code == 1 && message.contains("packed already"), "{message}");
 
-    // A weight that is no number, late in the file.
-    let broken = dir.path().join("broken");
-    copy_dir(&model, &broken);
-    break_weight(&broken, "mlp.up_proj.weight");
-    let output = dir.path().join("from broken");
-    let (code, message) = run(&broken, &output, &["--bits", "4"]);
-    assert!(
-        code == 1 && message.contains("up_proj") && message.contains("row 1, column 3") && message.contains("NaN"),
-        "{message}"
-    );
-    assert_eq!(fs::read_dir(&output).unwrap().count(), 0, "a file stayed behind");
+    // A weight that is no number, late in the file, or in its first tensor.
+    for name in ["up_proj", "embed_tokens"] {
+        let broken = dir.path().join(format!("broken {name}"));
+        copy_dir(&model, &broken);
+        break_weight(&broken, &format!("{name}.weight"));
+        let output = dir.path().join(format!("from broken {name}"));
+        let (code, message) = run(&broken, &output, &["--bits", "4"]);
+        let parts = [name, "row 1, column 3", "NaN"];
+        assert!(code == 1 && parts.iter().all(|part| message.contains(part)), "{message}");
+        assert_eq!(fs::read_dir(&output).unwrap().count(), 0, "a file stayed behind");
+    }
 }
 
 /// Opens a quantized checkpoint whose weight file was changed, and expects to be told so.

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "mma.h"
 #include "sim.h"
 
 using sim::Collective;
@@ -236,42 +237,11 @@ void note_access(const void* pointer, size_t bytes, bool write) {
 
 // ---------------------------------------------------------------- collectives
 
-struct MmaIn {
-    uint32_t a[4], b[2];
-    float c[4];
-};
-
-float half_of(uint32_t pair, int i, bool is_f16) {
-    const uint16_t bits = uint16_t(i ? pair >> 16 : pair);
-    return is_f16 ? sim::widen(f16{bits}) : sim::widen(bf16{bits});
-}
-
-// D = A·B + C, m16n8k16, A row-major, B column-major: the fragments of "Matrix Fragments for mma.m16n8k16 with floating point type"
-// (PTX ISA, 9.7.15.5.8).
-void mma_m16n8k16(Thread* lanes, bool is_f16) {
-    float a[16][16], b[16][8];
-    for (unsigned lane = 0; lane < WARP; ++lane) {
-        const MmaIn& in = *static_cast<const MmaIn*>(lanes[lane].in);
-        const unsigned group = lane / 4, pair = lane % 4 * 2;
-        for (int i = 0; i < 2; ++i) {
-            a[group][pair + i] = half_of(in.a[0], i, is_f16);
-            a[group + 8][pair + i] = half_of(in.a[1], i, is_f16);
-            a[group][pair + 8 + i] = half_of(in.a[2], i, is_f16);
-            a[group + 8][pair + 8 + i] = half_of(in.a[3], i, is_f16);
-            b[pair + i][group] = half_of(in.b[0], i, is_f16);
-            b[pair + 8 + i][group] = half_of(in.b[1], i, is_f16);
-        }
-    }
-    for (unsigned lane = 0; lane < WARP; ++lane) {
-        const MmaIn& in = *static_cast<const MmaIn*>(lanes[lane].in);
-        float* d = static_cast<float*>(lanes[lane].out);
-        float sum[4] = {in.c[0], in.c[1], in.c[2], in.c[3]};
-        for (int i = 0; i < 4; ++i) {
-            const unsigned row = lane / 4 + (i / 2) * 8, column = lane % 4 * 2 + i % 2;
-            for (int k = 0; k < 16; ++k) sum[i] += a[row][k] * b[k][column];
-        }
-        for (int i = 0; i < 4; ++i) d[i] = sum[i];
-    }
+// What each lane of a product on tensor cores gives and gets.
+sim::MmaOperands operands(Thread* lanes) {
+    sim::MmaOperands all;
+    for (unsigned lane = 0; lane < WARP; ++lane) all.in[lane] = lanes[lane].in, all.out[lane] = lanes[lane].out;
+    return all;
 }
 
 // Each lane i names row i % 8 of matrix i / 8 (8 x 8 of 16 bits); register j of a lane gets two elements of matrix j.
@@ -325,7 +295,8 @@ void complete(Thread* lanes, unsigned mask, Collective kind) {
         }
         case Collective::LdMatrix: load_matrices(lanes, self->parameter, false); break;
         case Collective::LdMatrixTrans: load_matrices(lanes, self->parameter, true); break;
-        case Collective::Mma: mma_m16n8k16(lanes, self->parameter != 0); break;
+        case Collective::Mma: sim::mma_m16n8k16(operands(lanes), self->parameter != 0); break;
+        case Collective::MmaS8: sim::mma_m16n8k32_s8(operands(lanes)); break;
         default: shuffle(lanes, mask, kind); break;
     }
 }

@@ -74,7 +74,7 @@ unsigned char* shared_memory();
 
 struct Site { const char* file; int line; };
 
-enum class Collective : int { Sync, Shfl, ShflXor, ShflDown, ShflUp, Ballot, LdMatrix, LdMatrixTrans, Mma };
+enum class Collective : int { Sync, Shfl, ShflXor, ShflDown, ShflUp, Ballot, LdMatrix, LdMatrixTrans, Mma, MmaS8 };
 
 // Waits for the lanes of `mask`; the last to come computes every lane's `out` from all `in`.
 void collective(Collective kind, unsigned mask, const void* in, void* out, int parameter, Site site);

@@ -10,7 +10,6 @@ use llava_engine::dtype::DType;
 use llava_engine::engine::{Engine, EngineOptions, GenerateOptions};
 use llava_engine::error::{Error, Result};
 use llava_engine::image::{ImageSource, Limits, RgbImage};
-use llava_engine::infer::lookup::MAX_DRAFT;
 use llava_engine::infer::sampler::SamplingOptions;
 use llava_engine::model::config::Profile;
 use llava_engine::ops::{ArithmeticPeak, Operands, Peaks, kv};
@@ -39,6 +38,10 @@ pub struct ModelArgs {
     /// What keys and values of the context are kept in: auto (what it computes in), f32, bf16, f16, or int8, which halves their memory
     #[arg(long, env = "LLAVA_KV_CACHE_DTYPE", default_value = "auto", value_name = "DTYPE")]
     pub kv_cache_dtype: String,
+    /// On CUDA, rounds activations to 8 bits for products of more than 8 tokens with weights of 8 bits, which then run on integer tensor cores;
+    /// the CPU always does so
+    #[arg(long)]
+    pub w8a8: bool,
     /// CPU threads; 0 for as many as the machine has
     #[arg(long, env = "LLAVA_THREADS", default_value_t = 0, value_name = "N")]
     pub threads: usize,
@@ -76,6 +79,7 @@ impl ModelArgs {
             device: self.device.parse::<Device>()?,
             dtype,
             kv_dtype: kv::dtype(&self.kv_cache_dtype)?,
+            w8a8: self.w8a8,
             threads: self.threads,
             model_base: self.model_base.clone(),
             mmproj: self.mmproj.clone(),
@@ -187,23 +191,15 @@ impl SamplingArgs {
             repetition_penalty: self.repetition_penalty,
             seed: self.seed,
         };
-        sampling.validate()?;
-        if self.max_new_tokens == 0 {
-            return Err(Error::usage("an answer of 0 tokens: --max-new-tokens must be at least 1"));
-        }
-        if self.prompt_lookup > MAX_DRAFT {
-            return Err(Error::usage(format!(
-                "--prompt-lookup {}: at most {MAX_DRAFT} tokens are guessed at a time",
-                self.prompt_lookup
-            )));
-        }
-        Ok(GenerateOptions {
+        let options = GenerateOptions {
             sampling,
             max_new_tokens: self.max_new_tokens,
             stop: self.stop.clone(),
             ignore_eos: false,
             prompt_lookup: self.prompt_lookup,
-        })
+        };
+        options.validate()?;
+        Ok(options)
     }
 }
 

@@ -26,10 +26,12 @@ pub struct Args {
 }
 
 /// Parameters and bytes of one part of a model.
-#[derive(Clone, Copy, Default, serde::Serialize)]
+#[derive(Clone, Default, serde::Serialize)]
 struct Part {
     parameters: usize,
     bytes: usize,
+    /// How many of its matrices `quantize` packed in which way.
+    packed: BTreeMap<String, usize>,
 }
 
 /// Inspects.
@@ -49,10 +51,17 @@ pub fn run(args: &Args) -> Result<Outcome> {
         let part = parts.entry(part_of(name)).or_default();
         part.parameters += entry.parameters;
         part.bytes += entry.bytes;
+        if let Some(format) = name.strip_suffix(".words").and_then(|module| checkpoint.weights.format(module)) {
+            *part.packed.entry(format.to_string()).or_default() += 1;
+        }
         *storage.entry(entry.dtype.to_string()).or_default() += entry.bytes;
     }
-    let total =
-        parts.values().fold(Part::default(), |a, b| Part { parameters: a.parameters + b.parameters, bytes: a.bytes + b.bytes });
+    let total = parts.values().fold(Part::default(), |a, b| Part {
+        parameters: a.parameters + b.parameters,
+        bytes: a.bytes + b.bytes,
+        packed: BTreeMap::new(),
+    });
+    let packed_by = packed_by(&checkpoint);
     let kv_dtype = options.kv_dtype.or(options.dtype).unwrap_or(checkpoint.dtype);
     let (kv_token, kv_context) = (kv_bytes(config, kv_dtype, 1), kv_bytes(config, kv_dtype, config.context_tokens));
     if args.json {
@@ -64,7 +73,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             "path": folder.to_string_lossy(),
             "layout": checkpoint.layout.to_string(),
             "dtype": checkpoint.dtype.name(),
-            "packed_by": checkpoint.scheme.map(|scheme| scheme.to_string()),
+            "packed_by": packed_by,
             "bytes_by_dtype": storage,
             "config": config,
             "parts": parts,
@@ -79,8 +88,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
         return Ok(Outcome::Done);
     }
     let mut out = format!("{}\n{}\n", folder.display(), checkpoint.layout);
-    if let Some(scheme) = checkpoint.scheme {
-        out += &format!("packed by {scheme}\n");
+    if let Some(packed_by) = packed_by {
+        out += &format!("packed by {packed_by}\n");
     }
     out += "\n";
     let (v, t) = (&config.vision, &config.text);
@@ -102,8 +111,12 @@ pub fn run(args: &Args) -> Result<Outcome> {
     );
     out += &format!("context    {} tokens; rope theta {}, {:?}\n\n", config.context_tokens, t.rope_theta, t.rope_scaling);
     out += &format!("{:<12} {:>14} {:>12}\n", "part", "parameters", "MB");
-    for (name, part) in parts.iter().map(|(n, p)| (*n, *p)).chain([("total", total)]) {
-        out += &format!("{name:<12} {:>14} {:>12.1}\n", part.parameters, part.bytes as f64 / 1e6);
+    for (name, part) in parts.iter().map(|(n, p)| (*n, p)).chain([("total", &total)]) {
+        let matrices = |n: usize| if n == 1 { "matrix" } else { "matrices" };
+        let packed: Vec<_> = part.packed.iter().map(|(format, n)| format!("{n} {} in {format}", matrices(*n))).collect();
+        let line = format!("{name:<12} {:>14} {:>12.1}  {}", part.parameters, part.bytes as f64 / 1e6, packed.join(", "));
+        out += line.trim_end();
+        out += "\n";
     }
     let mb = |bytes: usize| bytes as f64 / 1e6;
     let stored: Vec<_> = storage.iter().map(|(dtype, bytes)| format!("{dtype} {:.1}", mb(*bytes))).collect();
@@ -126,6 +139,12 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     common::put(&out)?;
     Ok(Outcome::Done)
+}
+
+/// Who packed a checkpoint, and how: another program, or `quantize`.
+fn packed_by(checkpoint: &Checkpoint) -> Option<String> {
+    let ours = || checkpoint.rounding.as_ref().map(|rounding| format!("llava-engine quantize, {}", rounding.escape_debug()));
+    checkpoint.scheme.map(|scheme| scheme.to_string()).or_else(ours)
 }
 
 /// Which part of the model a canonical tensor name belongs to.

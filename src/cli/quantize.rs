@@ -36,6 +36,9 @@ pub struct Args {
     /// Bits of the matrices of the decoder's layers: 4, 8, or 16 to leave them as they are
     #[arg(long, value_name = "BITS")]
     bits: usize,
+    /// Bits of the decoder's embedding, which is its head too where it has none of its own: 4, 8 or 16
+    #[arg(long, default_value_t = 8, value_name = "BITS")]
+    embedding_bits: usize,
     /// Bits of the decoder's head: 4, 8 or 16
     #[arg(long, default_value_t = 8, value_name = "BITS")]
     head_bits: usize,
@@ -84,6 +87,7 @@ impl Args {
         };
         let recipe = Recipe {
             decoder: format(self.bits)?,
+            embedding: format(self.embedding_bits)?,
             head: format(self.head_bits)?,
             projector: format(self.projector_bits)?,
             vision: format(self.vision_bits)?,

@@ -9,7 +9,7 @@ use super::simd::{self, Isa};
 use super::sum_rows::sum_columns;
 use crate::dtype::DType;
 use crate::ops::dropout::Dropout;
-use crate::ops::{Activation, RowCopy};
+use crate::ops::{Activation, Matrix, RowCopy};
 use crate::tensor::Tensor;
 
 /// y = silu(gate) ⊙ up, silu(g) = g·σ(g): gate_up rows are `[gate | up]`, `n` of each.
@@ -77,10 +77,17 @@ pub fn dropout(pool: &Pool, y: &mut [f32], x: &[f32], dropout: Dropout) {
 }
 
 /// y\[i\] = table\[ids\[i\]\], widened to f32.
-pub fn embed(y: &mut [f32], table: &Tensor, ids: &[u32]) {
-    let hidden = table.row_len();
+pub fn embed(y: &mut [f32], table: &Matrix, ids: &[u32]) {
+    let hidden = table.k();
     for (y, &id) in y.chunks_exact_mut(hidden).zip(ids) {
         let row = id as usize * hidden..(id as usize + 1) * hidden;
+        let table = match table {
+            Matrix::Dense(table) => table,
+            Matrix::Packed(table) => {
+                table.row_to_f32(id as usize, y);
+                continue;
+            }
+        };
         match table.dtype() {
             DType::F32 => y.copy_from_slice(&table.as_slice::<f32>()[row]),
             DType::F16 => table.as_slice::<half::f16>()[row].convert_to_f32_slice(y),

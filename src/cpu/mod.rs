@@ -43,7 +43,8 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::image::{Preprocess, RgbImage, preprocess_into};
 use crate::ops::{
-    ArithmeticPeak, Draw, Epilogue, Heads, KvLayer, KvSource, Operands, Ops, Peaks, RopeTable, RowCopy, Run, Span, Weight, check,
+    ArithmeticPeak, Draw, Epilogue, Heads, KvLayer, KvSource, Matrix, Operands, Ops, Peaks, RopeTable, RowCopy, Run, Span, Weight,
+    check,
 };
 use crate::tensor::Tensor;
 use pool::Pool;
@@ -169,7 +170,7 @@ impl Ops for Cpu {
         Ok(())
     }
 
-    fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
+    fn embed(&self, y: &mut Tensor, table: &Matrix, ids: &[u32]) -> Result<()> {
         check::embed(y, table, ids)?;
         elementwise::embed(y.as_mut_slice(), table, ids);
         Ok(())

@@ -24,6 +24,7 @@ mod rows;
 mod rows_grad;
 mod sample;
 mod staging;
+mod w8a8;
 
 use std::sync::Arc;
 
@@ -46,6 +47,9 @@ pub struct Cuda {
     decode: attention::Workspace,
     widened: attention::Widened,
     split_sums: SplitSums,
+    rounded: w8a8::Rounded,
+    /// Whether x is rounded to 8 bits for products of many tokens with weights of 8 bits.
+    rounds_x: bool,
     library: Library,
 }
 
@@ -84,6 +88,12 @@ impl Cuda {
         Self::on(Arc::new(driver::Simulator::with_faults(n_threads, faults)?), dtype)
     }
 
+    /// The same with products of more than 8 tokens with weights of 8 bits on the integer tensor cores, x rounded to 8 bits group by group
+    /// (W8A8), if `w8a8`: to the very integers that the CPU makes of it.
+    pub fn with_w8a8(self, w8a8: bool) -> Self {
+        Self { rounds_x: w8a8, ..self }
+    }
+
     /// A device behind a driver.
     fn on(driver: Arc<dyn Driver>, dtype: DType) -> Result<Self> {
         let functions = Functions::resolve(&*driver, dtype)?;
@@ -96,6 +106,8 @@ impl Cuda {
             decode: Default::default(),
             widened: Default::default(),
             split_sums: Default::default(),
+            rounded: Default::default(),
+            rounds_x: false,
             library: Default::default(),
         })
     }

@@ -6,7 +6,7 @@ use super::Cuda;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::image::{Preprocess, RgbImage};
-use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
+use crate::ops::{Draw, Epilogue, Heads, KvLayer, KvSource, Matrix, Ops, Peaks, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
 
 impl Ops for Cuda {
@@ -54,7 +54,7 @@ impl Ops for Cuda {
         self.silu_mul(y, gate_up)
     }
 
-    fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
+    fn embed(&self, y: &mut Tensor, table: &Matrix, ids: &[u32]) -> Result<()> {
         self.embed(y, table, ids)
     }
 

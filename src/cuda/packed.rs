@@ -14,14 +14,14 @@ use crate::ops::packed::SLAB;
 
 const OP: &str = "linear";
 
-/// Shared memory of a step of a tile in `gemm_packed.cu`: x; W, its scales and offsets for each slab.
-const fn stage_bytes(rows: usize, cols: usize, bits: usize) -> usize {
+/// Shared memory of a step of a tile (`Stage` in `kernels/packed_tile.cuh`): x; W, its scales and offsets for each slab.
+pub(super) const fn stage_bytes(rows: usize, cols: usize, bits: usize, x_bytes: usize) -> usize {
     let slabs = K_STEP / SLAB;
-    rows * K_STEP * 2 + slabs * cols * (SLAB * bits / 8 + 2 + 2)
+    rows * K_STEP * x_bytes + slabs * cols * (SLAB * bits / 8 + 2 + 2)
 }
 
 /// What a block there advances by along k.
-const K_STEP: usize = 64;
+pub(super) const K_STEP: usize = 64;
 
 /// Tensor cores do 1024 multiply-adds a clock; that operands are made of integers is taken to cost an eighth, on top of what it costs a small
 /// tile to read x. (Estimates: nothing of this was timed.)
@@ -32,7 +32,7 @@ const fn half_tiles(bits: usize, large: Kernel, small: Kernel) -> [Tile; 2] {
             rows: 128,
             cols: 128,
             k_step: K_STEP,
-            shared_bytes: 3 * stage_bytes(128, 128, bits),
+            shared_bytes: 3 * stage_bytes(128, 128, bits, 2),
             clocks_per_k: 128 * 128 / 1024 * 9 / 8,
             fixed_clocks: 2000,
             clocks_per_part: 1024,
@@ -42,7 +42,7 @@ const fn half_tiles(bits: usize, large: Kernel, small: Kernel) -> [Tile; 2] {
             rows: 64,
             cols: 64,
             k_step: K_STEP,
-            shared_bytes: 4 * stage_bytes(64, 64, bits),
+            shared_bytes: 4 * stage_bytes(64, 64, bits, 2),
             clocks_per_k: (64 * 64 / 1024 * 3 / 2 * 9usize).div_ceil(8),
             fixed_clocks: 1200,
             clocks_per_part: 256,
@@ -65,6 +65,12 @@ fn tiles(dtype: DType, bits: usize) -> &'static [Tile] {
     &of_dtype[usize::from(bits == 8)]
 }
 
+/// Where its words, scales and offsets lie; null if there are no offsets.
+pub(super) fn pointers(op: &'static str, matrix: &Packed) -> Result<[DevicePtr; 3]> {
+    let offsets = matrix.offsets.as_ref().map_or(Ok(DevicePtr(0)), |offsets| address(op, "offsets", offsets))?;
+    Ok([address(op, "words", &matrix.words)?, address(op, "scales", &matrix.scales)?, offsets])
+}
+
 impl Cuda {
     /// The product with packed matrices of one format, at most [`MAX_PARTS`] of them.
     ///
@@ -72,21 +78,21 @@ impl Cuda {
     /// The operands are what they say, and the matrices have their k columns.
     pub(super) unsafe fn packed(&self, operands: &Operands, parts: &[&Packed]) -> Result<()> {
         let mut n = [0; MAX_PARTS];
-        let mut pointers = [DevicePtr(0); 3 * MAX_PARTS];
+        let mut at = [DevicePtr(0); 3 * MAX_PARTS];
         for (i, part) in parts.iter().enumerate() {
             n[i] = part.n;
-            pointers[3 * i] = address(OP, "words", &part.words)?;
-            pointers[3 * i + 1] = address(OP, "scales", &part.scales)?;
-            if let Some(offsets) = &part.offsets {
-                pointers[3 * i + 2] = address(OP, "offsets", offsets)?;
-            }
+            at[3 * i..3 * i + 3].copy_from_slice(&pointers(OP, part)?);
         }
         if operands.tokens == 0 || n == [0; MAX_PARTS] {
             return Ok(());
         }
-        let mut product = operands.with(n, pointers)?;
-        product.scalars.push(int(OP, "group", parts[0].group)?);
-        let bits = parts[0].bits;
+        let (bits, group) = (parts[0].bits, parts[0].group);
+        if self.rounds_x && bits == 8 && operands.tokens > GEMV_MAX_TOKENS {
+            // SAFETY: the caller vouches for the operands, `Packed::new` for the matrices, which are symmetric in 8 bits.
+            return unsafe { self.w8a8(operands, n, at, group) };
+        }
+        let mut product = operands.with(n, at)?;
+        product.scalars.push(int(OP, "group", group)?);
         if operands.tokens <= GEMV_MAX_TOKENS {
             let kernel = if bits == 4 { Kernel::GemvPacked4 } else { Kernel::GemvPacked8 };
             // SAFETY: the caller vouches for the operands, `Packed::new` for the matrices; there are as many tokens as the kernel takes.

@@ -61,7 +61,7 @@ impl Cuda {
     fn product_peaks(&self, n: usize) -> Result<Vec<ArithmeticPeak>> {
         // Numbers of all kinds: zeros let a GPU clock higher than any model does.
         let values: Vec<f32> = (0..DISTINCT_ROWS * n).map(|i| (i * 7919 % 4093) as f32 / 2046.5 - 1.0).collect();
-        let rows = self.to_device(Tensor::from_slice(&[DISTINCT_ROWS, n], &values).converted(self.dtype))?;
+        let rows = self.to_device(Tensor::from_slice(&[DISTINCT_ROWS, n], &values).converted(self.dtype))?.into();
         let [mut x, mut w, mut y] =
             [self.zeros(&[n, n], self.dtype)?, self.zeros(&[n, n], self.dtype)?, self.zeros(&[n, n], self.dtype)?];
         let ids = |step: usize| (0..n).map(|i| (i * step % DISTINCT_ROWS) as u32).collect::<Vec<_>>();

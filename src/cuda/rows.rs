@@ -7,9 +7,10 @@ use super::Cuda;
 use super::attention::MAX_HEAD_DIM;
 use super::driver::{Arg, Grid};
 use super::launch::{Kernel, address, int};
+use super::packed::pointers;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{Heads, KvLayer, RopeTable, RowCopy, Span, check};
+use crate::ops::{Heads, KvLayer, Matrix, RopeTable, RowCopy, Span, check};
 use crate::tensor::Tensor;
 
 /// Threads of a block, in all kernels here.
@@ -44,22 +45,32 @@ impl Cuda {
     }
 
     /// [`Ops::embed`](crate::ops::Ops::embed)
-    pub(super) fn embed(&self, y: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
+    pub(super) fn embed(&self, y: &mut Tensor, table: &Matrix, ids: &[u32]) -> Result<()> {
         const OP: &str = "embed";
         check::embed(y, table, ids)?;
         check::dtype(OP, "y", y, self.dtype)?;
-        check::dtype(OP, "table", table, self.dtype)?;
-        let (y_ptr, table_ptr) = (address(OP, "y", y)?, address(OP, "table", table)?);
-        int(OP, "rows of table", table.rows())?;
+        int(OP, "rows of table", table.n())?;
+        let y_ptr = Arg::Ptr(address(OP, "y", y)?);
         let hidden = int(OP, "hidden", y.row_len())?;
+        let (kernel, table_args, group) = match table {
+            Matrix::Dense(table) => {
+                check::dtype(OP, "table", table, self.dtype)?;
+                (Kernel::Embed, vec![Arg::Ptr(address(OP, "table", table)?)], None)
+            }
+            Matrix::Packed(table) => {
+                let kernel = if table.bits == 4 { Kernel::EmbedPacked4 } else { Kernel::EmbedPacked8 };
+                (kernel, pointers(OP, table)?.map(Arg::Ptr).into(), Some(int(OP, "group", table.group)?))
+            }
+        };
         if y.is_empty() {
             return Ok(());
         }
         let words = ids.iter().map(|&id| id as i32).collect();
         self.with_ints(words, |ids| {
+            let args = [&[y_ptr], &*table_args, &[Arg::Ptr(ids), hidden]].concat().into_iter().chain(group);
             // SAFETY: the arguments are the kernel's; y has a row of `hidden` for each id, and the table one for each value that an
-            // id may have (just checked).
-            unsafe { self.launch(Kernel::Embed, grid(y.rows(), 1), &[Arg::Ptr(y_ptr), Arg::Ptr(table_ptr), Arg::Ptr(ids), hidden]) }
+            // id may have (just checked); `Packed::new` vouches for the tensors of a packed one.
+            unsafe { self.launch(kernel, grid(y.rows(), 1), &args.collect::<Vec<_>>()) }
         })
     }
 

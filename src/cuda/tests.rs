@@ -35,7 +35,7 @@ fn launches_that_come_again_are_replayed_with_new_tables() {
     let run = |flush_each: bool| {
         let cuda = Cuda::simulated(1, DType::F32).unwrap();
         let w = cuda.to_device(Tensor::from_slice(&[4], &[1.0f32; 4])).unwrap();
-        let table = cuda.to_device(Tensor::from_slice(&[3, 4], &rows)).unwrap();
+        let table = cuda.to_device(Tensor::from_slice(&[3, 4], &rows)).unwrap().into();
         let [mut x, mut y] = [0, 0].map(|_| cuda.zeros(&[2, 4], DType::F32).unwrap());
         let between = || {
             if flush_each {
@@ -76,7 +76,7 @@ fn tables_are_staged_side_by_side() {
 fn a_table_outgrows_its_place() {
     let cuda = Cuda::simulated(1, DType::F32).unwrap();
     let rows: Vec<f32> = (0..5 * 4).map(|i| i as f32).collect();
-    let table = cuda.to_device(Tensor::from_slice(&[5, 4], &rows)).unwrap();
+    let table = cuda.to_device(Tensor::from_slice(&[5, 4], &rows)).unwrap().into();
     for n in [3, 700, 4, 300] {
         let ids: Vec<u32> = (0..n).map(|i| i * 3 % 5).collect();
         let mut y = cuda.zeros(&[ids.len(), 4], DType::F32).unwrap();
@@ -139,7 +139,7 @@ fn steps_that_draw_are_replayed() {
     let cuda = Cuda::simulated(1, DType::F32).unwrap();
     let values = |n: usize, salt: usize| -> Vec<f32> { (0..n).map(|i| ((i * 37 + salt) % 101) as f32 * 0.02 - 1.0).collect() };
     let there = |shape: &[usize], salt| cuda.to_device(Tensor::from_slice(shape, &values(shape.iter().product(), salt))).unwrap();
-    let (table, norm) = (there(&[vocab, hidden], 1), there(&[hidden], 2));
+    let (table, norm) = (there(&[vocab, hidden], 1).into(), there(&[hidden], 2));
     let head = Weight::stacked(vec![Arc::new(there(&[vocab, hidden], 3))]).unwrap();
     let zeros = |shape: &[usize], dtype| cuda.zeros(shape, dtype).unwrap();
     let [mut x, mut y] = [0, 0].map(|_| zeros(&[1, hidden], DType::F32));

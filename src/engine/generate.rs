@@ -36,6 +36,24 @@ impl Default for GenerateOptions {
     }
 }
 
+impl GenerateOptions {
+    /// Refuses what makes no sense.
+    ///
+    /// # Errors
+    /// [`Error::Usage`], by the names of the command line.
+    pub fn validate(&self) -> Result<()> {
+        self.sampling.validate()?;
+        if self.max_new_tokens == 0 {
+            return Err(Error::usage("an answer of 0 tokens: --max-new-tokens (max_new_tokens) must be at least 1"));
+        }
+        if self.prompt_lookup > MAX_DRAFT {
+            let problem = format!("at most {MAX_DRAFT} tokens are guessed at a time");
+            return Err(Error::usage(format!("--prompt-lookup {} (prompt_lookup): {problem}", self.prompt_lookup)));
+        }
+        Ok(())
+    }
+}
+
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -131,12 +149,7 @@ impl Engine {
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Answer> {
         let prompt = self.tokenize(prompt, images.len())?;
-        if options.max_new_tokens == 0 {
-            return Err(Error::usage("an answer of 0 tokens: ask for at least 1"));
-        }
-        if options.prompt_lookup > MAX_DRAFT {
-            return Err(Error::usage(format!("prompt lookup of {} tokens: at most {MAX_DRAFT}", options.prompt_lookup)));
-        }
+        options.validate()?;
         let occurred = prompt.slots.iter().filter_map(|s| if let Slot::Token(id) = s { Some(*id) } else { None });
         let vocab = self.config().text.vocab_size;
         let mut sampler = Sampler::new(options.sampling.clone(), self.runner.ops(), vocab, occurred)?;

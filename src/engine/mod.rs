@@ -46,6 +46,8 @@ pub struct EngineOptions {
     /// What keys and values are kept in: f32, f16, bf16, or i8 with a scale for each token and head, which halves a context's memory;
     /// `None` takes what it computes in.
     pub kv_dtype: Option<DType>,
+    /// On CUDA: whether activations are rounded to 8 bits for products of more than 8 tokens with weights of 8 bits, as the CPU always does.
+    pub w8a8: bool,
     /// CPU threads; 0 for as many as the machine has.
     pub threads: usize,
     /// The language model that an `mm_projector.bin` was trained for.
@@ -284,7 +286,7 @@ pub struct OpenDevice {
 /// # Errors
 /// If this build or this machine has no such device.
 pub fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice> {
-    let (ops, note) = open_grad_device(options.device, options.threads, compute)?;
+    let (ops, note) = open(options.device, options.threads, compute, options.w8a8)?;
     let mut ops: Box<dyn Ops> = ops;
     if options.check_ops || options.check_nan {
         let reference = || Ok::<_, Error>(Box::new(Cpu::new(options.threads, DType::F32)?) as Box<dyn Ops>);
@@ -305,18 +307,22 @@ pub fn open_device(options: &EngineOptions, compute: DType) -> Result<OpenDevice
 /// # Errors
 /// As [`open_device`].
 pub fn open_grad_device(device: Device, threads: usize, compute: DType) -> Result<(Box<dyn GradOps>, Option<String>)> {
+    open(device, threads, compute, false)
+}
+
+fn open(device: Device, threads: usize, compute: DType, w8a8: bool) -> Result<(Box<dyn GradOps>, Option<String>)> {
     let cpu = || Cpu::new(threads, compute).map(|cpu| Box::new(cpu) as Box<dyn GradOps>);
     let ops: Box<dyn GradOps> = match device {
         Device::Cpu => cpu()?,
-        Device::Cuda(ordinal) => Box::new(Cuda::open(ordinal, compute)?),
+        Device::Cuda(ordinal) => Box::new(Cuda::open(ordinal, compute)?.with_w8a8(w8a8)),
         #[cfg(llava_sim)]
-        Device::Sim => Box::new(Cuda::simulated(threads, compute)?),
+        Device::Sim => Box::new(Cuda::simulated(threads, compute)?.with_w8a8(w8a8)),
         #[cfg(not(llava_sim))]
         Device::Sim => {
             return Err(Error::Unsupported("this build has no kernel simulator: it was made without a C++ compiler".into()));
         }
         Device::Auto if !Cuda::has_driver() => cpu()?,
-        Device::Auto => return gpu_or(Cuda::open(0, compute), cpu),
+        Device::Auto => return gpu_or(Cuda::open(0, compute).map(|cuda| cuda.with_w8a8(w8a8)), cpu),
     };
     Ok((ops, None))
 }

@@ -41,12 +41,14 @@ pub struct Checkpoint {
     pub chat_template: Option<String>,
     /// What was found.
     pub layout: Layout,
-    /// Number format of the decoder's matrices; of its embedding if they are packed.
+    /// Number format of the decoder's matrices; if they are packed, of its embedding; if that is too, of its last norm.
     pub dtype: DType,
     /// The folder that describes the vision tower, if that is not the checkpoint's own; its weights may be inside all the same.
     pub tower_dir: Option<PathBuf>,
     /// The name of the checkpoint that this one was made from, if it was quantized.
     pub quantized_from: Option<String>,
+    /// How this program rounded the decoder's matrices, if it did: `rtn`, `gptq`, `awq`.
+    pub rounding: Option<String>,
     /// How AutoGPTQ or AutoAWQ packed its matrices, if they did.
     pub scheme: Option<Scheme>,
 }
@@ -161,7 +163,7 @@ impl Checkpoint {
         }
         let folder = Folder::open(path)?;
         let keys = Keys::new(&folder.config_path, &folder.config);
-        let Quantization { source: quantized_from, scheme } = quantized::read(path, &keys)?;
+        let Quantization { source: quantized_from, rounding, scheme } = quantized::read(path, &keys)?;
         let mut weights = Store::new(path);
         if let Some(scheme) = scheme {
             weights.set_scheme(scheme);
@@ -173,7 +175,7 @@ impl Checkpoint {
         } else {
             Err(folder.another(&keys))
         };
-        Ok(Self { quantized_from, scheme, ..checkpoint? })
+        Ok(Self { quantized_from, rounding, scheme, ..checkpoint? })
     }
 
     fn gguf(path: &Path, mmproj: Option<&Path>) -> Result<Self> {
@@ -190,6 +192,7 @@ impl Checkpoint {
             layout: Layout::Gguf { text, mmproj },
             tower_dir: None,
             quantized_from: None,
+            rounding: None,
             scheme: None,
         })
     }
@@ -267,10 +270,10 @@ impl Checkpoint {
 
     fn assemble(folder: &Folder, tokenizer_dir: &Path, config: LlavaConfig, weights: Store, layout: Layout) -> Result<Self> {
         let dtype = check_decoder(folder.path, &weights)?;
+        let chat_template = chat_template(tokenizer_dir)?;
+        let (gguf, tower_dir, quantized_from, rounding, scheme) = (None, None, None, None, None);
         let tokenizer_dir = tokenizer_dir.to_owned();
-        let chat_template = chat_template(&tokenizer_dir)?;
-        let (gguf, tower_dir, quantized_from, scheme) = (None, None, None, None);
-        Ok(Self { config, weights, tokenizer_dir, gguf, chat_template, layout, dtype, tower_dir, quantized_from, scheme })
+        Ok(Self { config, weights, tokenizer_dir, gguf, chat_template, layout, dtype, tower_dir, quantized_from, rounding, scheme })
     }
 }
 
@@ -293,8 +296,12 @@ fn check_decoder(path: &Path, weights: &Store) -> Result<DType> {
         }
     }
     // Packed matrices have none; what stands beside them tells.
-    let packed = ["words", "qweight"].iter().any(|kind| weights.contains(&format!("llama.layers.0.self_attn.q_proj.{kind}")));
-    let name = if packed { "llama.embed_tokens.weight" } else { "llama.layers.0.self_attn.q_proj.weight" };
+    let packed = |module: &str| ["words", "qweight"].iter().any(|kind| weights.contains(&format!("{module}.{kind}")));
+    let name = match (packed("llama.layers.0.self_attn.q_proj"), packed("llama.embed_tokens")) {
+        (false, _) => "llama.layers.0.self_attn.q_proj.weight",
+        (true, false) => "llama.embed_tokens.weight",
+        (true, true) => "llama.norm.weight",
+    };
     match weights.dtype(name) {
         Some(StoredDType::Known(dtype @ (DType::F32 | DType::F16 | DType::Bf16))) => Ok(*dtype),
         // What such tensors become where they are not kept in integers.

@@ -1,7 +1,5 @@
 //! The LLaMA decoder (Touvron et al., arXiv 2302.13971; HF `modeling_llama.py`).
 
-use std::sync::Arc;
-
 use super::acts::{BlockActs, HEAD_ROWS, LlamaActs};
 use super::config::LlamaConfig;
 use super::load::Loader;
@@ -15,7 +13,7 @@ use crate::tensor::Tensor;
 
 /// The decoder.
 pub struct Llama {
-    pub(super) embedding: Arc<Tensor>, // [vocab, hidden]
+    pub(super) embedding: Matrix, // [vocab, hidden]
     pub(super) embedding_grad: Option<Tensor>,
     pub(super) blocks: Vec<Block>,
     pub(super) norm: RmsNorm,
@@ -26,10 +24,9 @@ pub struct Llama {
 impl Llama {
     /// The decoder, for positions below `context_tokens`.
     pub fn load(loader: &Loader<'_>, config: &LlamaConfig, context_tokens: usize) -> Result<Self> {
-        let table = [config.vocab_size, config.hidden_size];
-        let embedding = loader.matrix("llama.embed_tokens.weight", &table)?;
+        let embedding = loader.module("llama.embed_tokens", config.vocab_size, config.hidden_size)?;
         let head = match config.tie_word_embeddings {
-            true => Matrix::Dense(embedding.clone()),
+            true => embedding.clone(),
             false => loader.module("llama.lm_head", config.vocab_size, config.hidden_size)?,
         };
         Ok(Self {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::weights::files;
 use crate::weights::qweight::{Layout, Scheme};
 
@@ -18,6 +18,8 @@ pub const QUANT_VERSION: i64 = 1;
 pub(super) struct Quantization {
     /// The name of the checkpoint that it was made from, if this program made it.
     pub source: Option<String>,
+    /// How the decoder's matrices were rounded, if this program did it.
+    pub rounding: Option<String>,
     /// How AutoGPTQ or AutoAWQ packed it.
     pub scheme: Option<Scheme>,
 }
@@ -42,7 +44,10 @@ fn quantization(keys: &Keys, default: Option<&str>) -> Result<Quantization> {
     let none = Quantization::default();
     match keys.str("quant_method")?.or(default) {
         Some(QUANT_METHOD) => match keys.int("version", 0..=i64::MAX)? {
-            Some(1..=QUANT_VERSION) => Ok(Quantization { source: keys.str("source")?.map(str::to_owned), ..none }),
+            Some(1..=QUANT_VERSION) => {
+                let text = |key| Ok::<_, Error>(keys.str(key)?.map(str::to_owned));
+                Ok(Quantization { source: text("source")?, rounding: text("rounding")?, ..none })
+            }
             _ => Err(keys.unsupported("version", "written by a newer version of this program: update it")),
         },
         Some("gptq") => Ok(Quantization { scheme: Some(gptq(keys)?), ..none }),

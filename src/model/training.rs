@@ -16,7 +16,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Param, VisitParams, own_f32};
 use crate::ops::grad::GradOps;
-use crate::ops::{Heads, RowCopy, Span};
+use crate::ops::{Heads, Matrix, RowCopy, Span};
 use crate::tensor::Tensor;
 
 /// Tokens whose logits are made at once.
@@ -457,8 +457,8 @@ impl Llama {
     }
 
     fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
-        own_f32(ops, &mut self.embedding)?;
-        self.embedding_grad = Some(ops.alloc(self.embedding.shape(), DType::F32)?);
+        let table = own_f32(ops, &mut self.embedding)?;
+        self.embedding_grad = Some(ops.alloc(table.shape(), DType::F32)?);
         self.blocks.iter_mut().try_for_each(|block| block.train(ops))?;
         self.norm.train(ops)?;
         self.head.train(ops)
@@ -466,7 +466,8 @@ impl Llama {
 
     fn visit(&mut self, visit: VisitParams<'_>) -> Result<()> {
         if let Some(grad) = &mut self.embedding_grad {
-            let value = std::sync::Arc::get_mut(&mut self.embedding).expect("a trained embedding has one owner");
+            let Matrix::Dense(table) = &mut self.embedding else { unreachable!("a trained embedding is dense") };
+            let value = std::sync::Arc::get_mut(table).expect("a trained embedding has one owner");
             visit(Param { name: "llama.embed_tokens.weight", value, grad })?;
         }
         self.blocks.iter_mut().enumerate().try_for_each(|(i, block)| block.visit(i, visit))?;

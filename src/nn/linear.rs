@@ -113,10 +113,7 @@ impl Linear {
     pub fn train(&mut self, ops: &dyn Ops) -> Result<()> {
         let mut parts = Vec::new();
         for part in &mut self.weight.parts {
-            let Matrix::Dense(tensor) = part else {
-                return Err(Error::Unsupported(format!("training a matrix in {}: its steps would be lost", part.storage())));
-            };
-            own_f32(ops, tensor)?;
+            let tensor = own_f32(ops, part)?;
             parts.push(ops.alloc(tensor.shape(), DType::F32)?);
         }
         let bias = self.bias.as_ref().map(|b| ops.alloc(b.shape(), DType::F32)).transpose()?;
@@ -157,12 +154,19 @@ impl Linear {
     }
 }
 
-/// Makes `tensor` one of f32 that has its memory to itself: what is in a file is for reading only.
-pub fn own_f32(ops: &dyn Ops, tensor: &mut Arc<Tensor>) -> Result<()> {
+/// Makes `matrix` one of f32 that has its memory to itself: what is in a file is for reading only.
+///
+/// # Errors
+/// If it is packed.
+pub fn own_f32<'a>(ops: &dyn Ops, matrix: &'a mut Matrix) -> Result<&'a Tensor> {
+    let storage = matrix.storage();
+    let Matrix::Dense(tensor) = matrix else {
+        return Err(Error::Unsupported(format!("training a matrix in {storage}: its steps would be lost")));
+    };
     if tensor.dtype() != DType::F32 || tensor.is_mapped() {
         let own = ops.upload(ops.to_host(tensor)?.converted(DType::F32))?;
         tensor.release(); // nobody reads the file's again before the end
         *tensor = Arc::new(own);
     }
-    Ok(())
+    Ok(tensor)
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Draw, Heads, KvLayer, KvSource, RopeTable, RowCopy, Span, Weight};
+use super::{Draw, Heads, KvLayer, KvSource, Matrix, RopeTable, RowCopy, Span, Weight};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::image::{CHANNELS, Preprocess, RgbImage};
@@ -40,13 +40,16 @@ pub fn silu_mul(y: &Tensor, gate_up: &Tensor) -> Result<()> {
 }
 
 /// Operands of [`Ops::embed`](super::Ops::embed).
-pub fn embed(y: &Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
-    embeddings("embed", ("y", y), ("table", table), ids)
+pub fn embed(y: &Tensor, table: &Matrix, ids: &[u32]) -> Result<()> {
+    let size = match table {
+        Matrix::Dense(table) => table.dims2("embed", "table")?,
+        Matrix::Packed(table) => [table.n, table.k],
+    };
+    embeddings("embed", ("y", y), size, ids)
 }
 
-/// A row of y for each id of a row of the table.
-pub(super) fn embeddings(op: &'static str, y: (&str, &Tensor), table: (&str, &Tensor), ids: &[u32]) -> Result<()> {
-    let [vocab, hidden] = table.1.dims2(op, table.0)?;
+/// A row of y for each id of a row of a table `[vocab, hidden]`.
+pub(super) fn embeddings(op: &'static str, y: (&str, &Tensor), [vocab, hidden]: [usize; 2], ids: &[u32]) -> Result<()> {
     y.1.expect(op, y.0, &[ids.len(), hidden])?;
     match ids.iter().find(|&&id| id as usize >= vocab) {
         Some(&id) => Err(Error::shape(op, "token id", format!("below {vocab}"), id)),

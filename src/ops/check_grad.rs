@@ -110,7 +110,7 @@ pub fn silu_mul_backward(d_gate_up: &Tensor, dy: &Tensor, gate_up: &Tensor) -> R
 
 /// Operands of [`GradOps::embed_backward`](super::GradOps::embed_backward).
 pub fn embed_backward(d_table: &Tensor, dy: &Tensor, ids: &[u32]) -> Result<()> {
-    check::embeddings("embed_backward", ("dy", dy), ("d_table", d_table), ids)?;
+    check::embeddings("embed_backward", ("dy", dy), d_table.dims2("embed_backward", "d_table")?, ids)?;
     dtype("embed_backward", "d_table", d_table, DType::F32)
 }
 

@@ -158,12 +158,20 @@ impl Packed {
         values
     }
 
-    /// A row of it: `[k]`.
+    /// A row of it: `[k]`. Of tensors on the host.
     pub fn row_to_f32(&self, row: usize, values: &mut [f32]) {
-        for (group, values) in values.chunks_mut(self.group).enumerate() {
-            let first = group * self.group;
-            let (scale, offset) = self.scale_offset(row, first);
-            values.iter_mut().enumerate().for_each(|(i, w)| *w = scale * f32::from(self.q(row, first + i)) + offset);
+        let bytes = bytemuck::cast_slice::<i32, u8>(self.words.as_slice());
+        for (slab, values) in values.chunks_exact_mut(SLAB).enumerate() {
+            let (scale, offset) = self.scale_offset(row, slab * SLAB);
+            let w = |q: u8| scale * f32::from(q) + offset;
+            let (first, _) = place(self.bits, self.k, row, slab * SLAB);
+            let q = &bytes[first..first + SLAB * self.bits / 8];
+            if self.bits == 8 {
+                values.iter_mut().zip(q).for_each(|(value, q)| *value = w(*q));
+            } else {
+                let (low, high) = values.split_at_mut(SLAB / 2);
+                low.iter_mut().zip(high).zip(q).for_each(|((low, high), q)| (*low, *high) = (w(q & 15), w(q >> 4)));
+            }
         }
     }
 }
@@ -208,6 +216,26 @@ mod tests {
         }
         let flat = Packed::new(n, k, Tensor::zeros(&[4], DType::I32), Tensor::zeros(&[2, 2, 16], DType::F16), None);
         assert!(flat.is_err());
+    }
+
+    /// The equation, element by element.
+    #[test]
+    fn rows_are_what_their_integers_mean() {
+        for (bits, group, has_offsets) in [(4, 64, false), (4, 32, true), (8, 128, false)] {
+            let (n, k, format) = (19, 384, Format::new(bits, group, has_offsets).unwrap());
+            let shape = format.words_shape(n, k);
+            let words: Vec<i32> = (0..shape.iter().product::<usize>() as u32).map(|i| i.wrapping_mul(0x9e37_79b1) as i32).collect();
+            let shape_of_scales = format.scales_shape(n, k);
+            let halves = |first: usize| {
+                let values = (0..shape_of_scales.iter().product()).map(|i: usize| f16::from_f32((first + i) as f32 / 512.0 - 0.3));
+                Tensor::from_slice(&shape_of_scales, &values.collect::<Vec<_>>())
+            };
+            let packed = Packed::new(n, k, Tensor::from_slice(&shape, &words), halves(1), has_offsets.then(|| halves(77))).unwrap();
+            for (i, w) in packed.to_f32().into_iter().enumerate() {
+                let (scale, offset) = packed.scale_offset(i / k, i % k);
+                assert_eq!(w, scale * f32::from(packed.q(i / k, i % k)) + offset, "{format}: {i}");
+            }
+        }
     }
 
     /// Every integer has a place of its own, and all places are taken.

@@ -370,6 +370,7 @@ fn note(model: &Path, options: &Options) -> Value {
         "rounding": options.method.to_string(),
         "source": model.file_name().map(|name| name.to_string_lossy()),
         "decoder": format(recipe.decoder),
+        "embedding": format(recipe.embedding),
         "head": format(recipe.head),
         "projector": format(recipe.projector),
         "vision": format(recipe.vision),

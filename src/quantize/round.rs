@@ -9,6 +9,7 @@
 //! much a column matters: 1, or what is known of its inputs.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::cpu::pool::{Disjoint, Pool};
 use crate::cpu::simd::{Isa, Kernel, Simd};
@@ -169,15 +170,17 @@ impl Block<'_> {
     #[inline(always)]
     pub fn put(&mut self, row: usize, first_col: usize, p: &[i8], scale: f16) {
         let Format { bits, group, .. } = self.format;
-        let zero = self.format.zero();
+        let zero = self.format.zero() as u8;
         self.scales[first_col / group * BLOCK_ROWS + row] = scale;
         for (slab, p) in p.chunks_exact(SLAB).enumerate() {
             let to = &mut self.bytes[place(bits, self.k, row, first_col + slab * SLAB).0..][..SLAB * bits / 8];
-            for i in 0..to.len() {
-                to[i] = (i32::from(p[i]) + zero) as u8;
-                if bits == 4 {
-                    to[i] |= ((i32::from(p[SLAB / 2 + i]) + zero) as u8) << 4;
-                }
+            if bits == 8 {
+                to.iter_mut().zip(p).for_each(|(to, p)| *to = p.cast_unsigned().wrapping_add(zero));
+                continue;
+            }
+            let (low, high) = p.split_at(SLAB / 2);
+            for i in 0..SLAB / 2 {
+                to[i] = low[i].cast_unsigned().wrapping_add(zero) | high[i].cast_unsigned().wrapping_add(zero) << 4;
             }
         }
     }
@@ -251,6 +254,13 @@ pub(super) fn nearest(x: f32) -> f32 {
     x + ROUND - ROUND
 }
 
+/// The nearest integer to x, which is within −128.5 and 127.5: the low byte of what [`nearest`] has before it takes 1.5·2²³ away. (A conversion
+/// that saturates takes several times as long.)
+#[inline(always)]
+pub(super) fn integer(x: f32) -> i8 {
+    (x + ROUND).to_bits() as i8
+}
+
 /// Columns that share a scale at most.
 pub(super) const LARGEST_GROUP: usize = GROUPS[GROUPS.len() - 1];
 
@@ -260,7 +270,7 @@ pub(super) fn read(matrix: &Tensor, start: usize, to: &mut [f32]) {
     let range = start..start + to.len();
     match matrix.dtype() {
         DType::F32 => to.copy_from_slice(&matrix.as_slice::<f32>()[range]),
-        DType::F16 => to.iter_mut().zip(&matrix.as_slice::<f16>()[range]).for_each(|(to, x)| *to = x.to_f32()),
+        DType::F16 => matrix.as_slice::<f16>()[range].convert_to_f32_slice(to),
         DType::Bf16 => to
             .iter_mut()
             .zip(&matrix.as_slice::<half::bf16>()[range])
@@ -273,9 +283,13 @@ pub(super) fn read(matrix: &Tensor, start: usize, to: &mut [f32]) {
 #[inline(always)]
 fn loss_of(values: &[f32], p: &[i8], scale: f32) -> Loss {
     let (mut error, mut total) = ([0.0f32; LANES], [0.0f32; LANES]);
-    for (values, p) in values.chunks_exact(LANES).zip(p.chunks_exact(LANES)) {
+    for (values, p) in values.as_chunks::<LANES>().0.iter().zip(p.as_chunks::<LANES>().0) {
+        let mut wide = [0.0; LANES];
         for i in 0..LANES {
-            let e = values[i] - scale * f32::from(p[i]);
+            wide[i] = f32::from(p[i]);
+        }
+        for i in 0..LANES {
+            let e = values[i] - scale * wide[i];
             error[i] += e * e;
             total[i] += values[i] * values[i];
         }
@@ -289,7 +303,7 @@ fn loss_of(values: &[f32], p: &[i8], scale: f32) -> Loss {
 fn extreme(values: &[f32]) -> f32 {
     // As bits, which order magnitudes and put NaN on top; the sign goes last, where it tells nothing apart but the two.
     let mut largest = [0u32; LANES];
-    for values in values.chunks_exact(LANES) {
+    for values in values.as_chunks::<LANES>().0 {
         for i in 0..LANES {
             largest[i] = largest[i].max(values[i].to_bits().rotate_left(1));
         }
@@ -304,7 +318,7 @@ fn round8(values: &[f32], p: &mut [i8]) -> f16 {
     let (inverse, (low, high)) = (inverse(scale), bounds(8));
     for (w, p) in values.iter().zip(p) {
         // What the scale lost in its own rounding may ask for one more.
-        *p = nearest((w * inverse).clamp(low, high)) as i8;
+        *p = integer((w * inverse).clamp(low, high));
     }
     scale
 }
@@ -314,18 +328,23 @@ fn round8(values: &[f32], p: &mut [i8]) -> f16 {
 fn round4(values: &[f32], importance: &[f32], p: &mut [i8]) -> f16 {
     let extreme = extreme(values);
     let (low, high) = bounds(4);
-    let (mut best, mut best_scale) = (0.0, extreme / CANDIDATES[4]);
-    for candidate in CANDIDATES {
-        let inverse = if extreme == 0.0 { 0.0 } else { candidate / extreme };
-        let (mut wp, mut pp) = ([0.0; LANES], [0.0; LANES]);
-        for (values, h) in values.chunks_exact(LANES).zip(importance.chunks_exact(LANES)) {
+    let (values_in_lanes, importance) = (values.as_chunks::<LANES>().0, importance.as_chunks::<LANES>().0);
+    let (mut wp, mut pp) = ([[0.0; LANES]; CANDIDATES.len()], [[0.0; LANES]; CANDIDATES.len()]);
+    for candidate in 0..CANDIDATES.len() {
+        let inverse = if extreme == 0.0 { 0.0 } else { CANDIDATES[candidate] / extreme };
+        // Sums of its own, so that they stay in registers.
+        let (mut its_wp, mut its_pp) = ([0.0; LANES], [0.0; LANES]);
+        for (values, h) in values_in_lanes.iter().zip(importance) {
             for i in 0..LANES {
                 let p = nearest((values[i] * inverse).clamp(low, high));
-                wp[i] += h[i] * values[i] * p;
-                pp[i] += h[i] * p * p;
+                its_wp[i] += h[i] * values[i] * p;
+                its_pp[i] += h[i] * p * p;
             }
         }
-        let (wp, pp) = (wp.iter().sum::<f32>(), pp.iter().sum::<f32>());
+        (wp[candidate], pp[candidate]) = (its_wp, its_pp);
+    }
+    let (mut best, mut best_scale) = (0.0, extreme / CANDIDATES[4]);
+    for (wp, pp) in sums(&wp).into_iter().zip(sums(&pp)) {
         // With s = wp/pp, Σh·(w − s·p)² = Σh·w² − wp²/pp.
         if wp * wp > best * pp {
             (best, best_scale) = (wp * wp / pp, wp / pp);
@@ -334,9 +353,21 @@ fn round4(values: &[f32], importance: &[f32], p: &mut [i8]) -> f16 {
     let scale = f16::from_f32(best_scale);
     let inverse = inverse(scale);
     for (w, p) in values.iter().zip(p) {
-        *p = nearest((w * inverse).clamp(low, high)) as i8;
+        *p = integer((w * inverse).clamp(low, high));
     }
     scale
+}
+
+/// The sum of each candidate's lanes, first lanes first; all candidates side by side, so that no sum waits for itself alone.
+#[inline(always)]
+fn sums(lanes: &[[f32; LANES]; CANDIDATES.len()]) -> [f32; CANDIDATES.len()] {
+    let mut sums = [0.0; CANDIDATES.len()];
+    for lane in 0..LANES {
+        for candidate in 0..CANDIDATES.len() {
+            sums[candidate] += lanes[candidate][lane];
+        }
+    }
+    sums
 }
 
 /// 1 / scale; of 0, which only a group of zeros has, 0.

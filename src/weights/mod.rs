@@ -36,7 +36,7 @@ use crate::cpu::pool::Pool;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::Packed;
-use crate::ops::packed::{BLOCK_ROWS, SLAB};
+use crate::ops::packed::{BLOCK_ROWS, Format, SLAB};
 use crate::tensor::Tensor;
 use blocks::BlockType;
 use gguf::Gguf;
@@ -307,6 +307,14 @@ impl Store {
     /// Number format of the tensor of this canonical name, if there is one.
     pub fn dtype(&self, canonical: &str) -> Option<&StoredDType> {
         self.find(canonical).map(|stored| &stored.located.dtype)
+    }
+
+    /// How the matrix of this module is packed, if it is in our way: what the shapes of its tensors say.
+    pub fn format(&self, module: &str) -> Option<Format> {
+        let shape = |kind: &str| self.shape(&format!("{module}.{kind}"));
+        let (&[_, n_slabs, _, bits], &[_, n_groups, _]) = (shape("words")?, shape("scales")?) else { return None };
+        let group = n_slabs.checked_mul(SLAB)?.checked_div(n_groups)?;
+        Format::new(bits, group, shape("offsets").is_some()).ok()
     }
 
     /// Every tensor of its files, in the order of the files and of the data in them.

@@ -165,7 +165,8 @@ pub fn spelling(canonical: &str, dialect: Dialect) -> String {
 }
 
 fn llama(suffix: &str) -> Option<String> {
-    let known = matches!(suffix, "embed_tokens.weight" | "norm.weight") || in_layer(suffix, "layers.", &LLAMA_MODULES);
+    let is_embedding = suffix.strip_prefix("embed_tokens.").is_some_and(|kind| kind != "bias" && is_kind(kind));
+    let known = is_embedding || suffix == "norm.weight" || in_layer(suffix, "layers.", &LLAMA_MODULES);
     known.then(|| format!("llama.{suffix}"))
 }
 
@@ -228,6 +229,9 @@ mod tests {
             names.extend(LLAMA_MODULES.iter().map(|m| format!("llama.layers.{i}.{m}.weight")));
         }
         names.extend(["embed_tokens", "norm", "lm_head"].map(|m| format!("llama.{m}.weight")));
+        names.extend(
+            ["embed_tokens", "lm_head"].into_iter().flat_map(|m| ["words", "scales"].map(|kind| format!("llama.{m}.{kind}"))),
+        );
         names
     }
 

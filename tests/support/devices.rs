@@ -92,9 +92,14 @@ pub fn cpu_with(isa: Isa, threads: usize) -> TestDevice<dyn GradOps> {
 
 /// The CUDA kernels in f32, f16 and bf16, on [`kernel_device`]; none if there is no such device.
 pub fn kernel_devices() -> Vec<TestDevice> {
+    kernel_devices_with(false)
+}
+
+/// The same, with 8-bit activations for products of many tokens with weights of 8 bits, if `w8a8`.
+pub fn kernel_devices_with(w8a8: bool) -> Vec<TestDevice> {
     let Some(device) = kernel_device() else { return Vec::new() };
     let open = |dtype| {
-        let options = EngineOptions { device, threads: 2, ..Default::default() };
+        let options = EngineOptions { device, threads: 2, w8a8, ..Default::default() };
         TestDevice { name: format!("{device} in {dtype}"), ops: open_device(&options, dtype).unwrap().ops, dtype }
     };
     [DType::F32, DType::F16, DType::Bf16].map(open).into()

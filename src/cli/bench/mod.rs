@@ -28,9 +28,12 @@ const MAX_BATCH: usize = 1024;
 #[command(after_help = "Example:
   llava-engine bench --shape llava-1.5-7b --weights bf16 --prompt-tokens 640 --new-tokens 64")]
 pub struct Args {
-    /// Model: a folder, or a hub id; with random weights of a known shape if absent
+    /// Model: a folder, a GGUF file or a hub id; with random weights of a known shape if absent
     #[arg(long, env = "LLAVA_MODEL", value_name = "PATH|HF_ID")]
     model: Option<PathBuf>,
+    /// Vision tower and projector of a GGUF model; the only such file beside it if absent
+    #[arg(long, env = "LLAVA_MMPROJ", requires = "model", value_name = "FILE")]
+    mmproj: Option<PathBuf>,
     /// Folder of a LoRA adapter over the model
     #[arg(long, env = "LLAVA_LORA", requires = "model", value_name = "DIR")]
     lora: Option<PathBuf>,
@@ -58,6 +61,9 @@ pub struct Args {
     /// Where it runs: auto, cpu, cuda, cuda:N, or sim
     #[arg(long, env = "LLAVA_DEVICE", default_value = "auto")]
     device: String,
+    /// On CUDA, rounds activations to 8 bits for products of more than 8 tokens with weights of 8 bits, as the CPU always does
+    #[arg(long)]
+    w8a8: bool,
     /// CPU threads; 0 for as many as the machine has
     #[arg(long, env = "LLAVA_THREADS", default_value_t = 0, value_name = "N")]
     threads: usize,
@@ -90,7 +96,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     let options = EngineOptions {
         device,
+        w8a8: args.w8a8,
         threads: args.threads,
+        mmproj: args.mmproj.clone(),
         context_tokens: Some(args.prompt_tokens + args.new_tokens),
         n_contexts: most,
         profile_ops: true,
