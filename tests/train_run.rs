@@ -2,6 +2,9 @@
 
 mod support;
 
+use llava_engine::dtype::DType;
+use llava_engine::weights::names::Part;
+use llava_engine::weights::{Source, Store};
 use serde_json::Value;
 use support::finetune::{MODEL, finetune, finetune_of, folder, log, rows, tensors};
 use support::program::{break_weight, copy_dir, succeed};
@@ -72,6 +75,17 @@ fn what_is_not_trained_stays() {
     let (before, after) = (tensors(&fixture(MODEL)), tensors(&folder.path().join("out")));
     for (name, bytes) in &after {
         assert_eq!(before[name] != *bytes, name.contains("projector"), "{name}");
+    }
+    assert_eq!(after.len(), before.len(), "what LLaVA has no use for is written again too");
+    // The projector by itself, as the original's first stage leaves it for the second.
+    let mut projector = Store::new(folder.path());
+    projector.add(&folder.path().join("out/mm_projector.bin"), &[Part::Projector]).unwrap();
+    let sources: Vec<_> = projector.entries().map(|entry| (entry.source, entry.canonical.unwrap(), entry.shape)).collect();
+    assert_eq!(sources.len(), 4);
+    for (source, canonical, shape) in sources {
+        assert!(source.starts_with("model.mm_projector."), "{source}");
+        let (_, whole) = after.iter().find(|(name, _)| name.ends_with(&format!("multi_modal_{canonical}"))).unwrap();
+        assert!(projector.tensor(&canonical, &shape).unwrap().converted(DType::Bf16).as_bytes() == whole, "{canonical}");
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{Checkpoint, Layout};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use crate::weights::write::{Planned, Writer, copy_whole, write_whole};
@@ -66,6 +66,8 @@ pub struct Rewrite<'a> {
     checkpoint: &'a Checkpoint,
     /// What is not written yet, by canonical name.
     missing: BTreeMap<String, Planned>,
+    /// What LLaVA has no use for, but others look for.
+    unused: Vec<Planned>,
     writer: Writer,
 }
 
@@ -75,13 +77,20 @@ impl<'a> Rewrite<'a> {
     /// # Errors
     /// If they cannot be written.
     pub fn begin(checkpoint: &'a Checkpoint, output: &Path) -> Result<Self> {
-        let mut missing = BTreeMap::new();
+        let (mut missing, mut unused) = (BTreeMap::new(), Vec::new());
+        // transformers misses the tower's last norm, which LLaVA never comes to. Beside an original there may be a whole CLIP, text and all.
+        let is_hf = matches!(checkpoint.layout, Layout::Hf { .. });
         for entry in checkpoint.weights.entries() {
-            let (Some(canonical), StoredDType::Known(dtype)) = (entry.canonical, entry.dtype) else { continue };
-            missing.insert(canonical, Planned { name: entry.source, shape: entry.shape, dtype });
+            let StoredDType::Known(dtype) = entry.dtype else { continue };
+            let planned = Planned { name: entry.source, shape: entry.shape, dtype };
+            match entry.canonical {
+                Some(canonical) => drop(missing.insert(canonical, planned)),
+                None if is_hf => unused.push(planned),
+                None => {}
+            }
         }
-        let planned: Vec<_> = missing.values().cloned().collect();
-        Ok(Self { checkpoint, missing, writer: Writer::create(&output.join(WEIGHTS), &planned)? })
+        let planned: Vec<_> = missing.values().chain(&unused).cloned().collect();
+        Ok(Self { checkpoint, missing, unused, writer: Writer::create(&output.join(WEIGHTS), &planned)? })
     }
 
     /// Canonical name and shape of each tensor.
@@ -113,6 +122,9 @@ impl<'a> Rewrite<'a> {
             let tensor = self.checkpoint.weights.tensor(canonical, shape)?;
             self.writer.write(name, tensor.as_bytes())?;
             tensor.release();
+        }
+        for Planned { name, .. } in &self.unused {
+            self.writer.write(name, self.checkpoint.weights.unused(name)?.as_bytes())?;
         }
         self.writer.finish()?;
         companions(model, self.checkpoint, output)?;

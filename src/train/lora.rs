@@ -112,6 +112,15 @@ fn seed(seed: u64, module: &str) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
+/// What a dialect calls a tensor that was learned whole.
+pub fn spelling(checkpoint: &Checkpoint, canonical: &str, dialect: Dialect) -> String {
+    // A projector of one layer may have no number: then it has none in the base.
+    match checkpoint.weights.source(canonical).and_then(|source| source.split_once("mm_projector.")) {
+        Some((_, end)) => format!("model.mm_projector.{end}"),
+        None => names::spelling(canonical, dialect),
+    }
+}
+
 /// Writes what was learned over the checkpoint from the folder `model` into the folder `output`, f32, as PEFT reads it over transformers'
 /// LLaVA; over an original LLaVA with the projector in a file of its own and the configuration beside it, as that reads it.
 ///
@@ -141,13 +150,7 @@ pub fn save(
                 // A convolution's kernel is a matrix here.
                 let shape = checkpoint.weights.shape(&canonical).filter(|shape| shape.iter().product::<usize>() == tensor.len());
                 let shape = shape.map_or_else(|| tensor.shape().to_vec(), <[usize]>::to_vec);
-                let mut name = names::spelling(&canonical, dialect);
-                // A projector of one layer may have no number: then it has none in the base.
-                if let Some((_, end)) = checkpoint.weights.source(&canonical).and_then(|source| source.split_once("mm_projector."))
-                {
-                    name = format!("model.mm_projector.{end}");
-                }
-                let name = format!("{}{name}", adapter::PREFIX);
+                let name = format!("{}{}", adapter::PREFIX, spelling(checkpoint, &canonical, dialect));
                 whole.push((name, tensor.reshaped(&shape)?));
             }
         }

@@ -25,6 +25,8 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::{Llava, Recompute, Tape, Trained, save};
 use crate::ops::GradOps;
 use crate::tensor::Tensor;
+use crate::weights::names::Dialect;
+use crate::weights::torch_write;
 
 /// A model that is being trained, and what it is trained by.
 pub struct Trainer<'a> {
@@ -307,7 +309,18 @@ impl<'a> Trainer<'a> {
             return lora::save(self.config, self.checkpoint, learned, model, output);
         }
         let mut rewrite = save::Rewrite::begin(self.checkpoint, output)?;
-        self.model.visit_learned(&*self.ops, &mut |name, tensor| rewrite.put(name, &tensor))?;
+        let mut projector = Vec::new();
+        self.model.visit_learned(&*self.ops, &mut |name, tensor| {
+            rewrite.put(name, &tensor)?;
+            if name.starts_with("projector.") {
+                projector.push((lora::spelling(self.checkpoint, name, Dialect::Original), tensor));
+            }
+            Ok(())
+        })?;
+        // What LLaVA's own first stage leaves, for its second.
+        if self.config.tune == Tune::Projector && !projector.is_empty() {
+            torch_write::write(&output.join("mm_projector.bin"), &projector)?;
+        }
         rewrite.finish(model, output)
     }
 }

@@ -342,6 +342,22 @@ impl Store {
         }
     }
 
+    /// The tensor that a file calls `source` and LLaVA has no use for, as it is stored.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if it is of no dtype that is known here.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn unused(&self, source: &str) -> Result<Tensor> {
+        let found = self.tensors.iter().find(|stored| stored.canonical.is_none() && stored.located.name == source);
+        let Stored { file, located, .. } = found.unwrap_or_else(|| panic!("there is no unused tensor {source}"));
+        let StoredDType::Known(dtype) = located.dtype else {
+            return Err(Error::tensor(source, &**file, format!("is stored as {}", located.dtype)));
+        };
+        located.load(dtype).map_err(|problem| Error::tensor(source, &**file, problem))
+    }
+
     fn find(&self, canonical: &str) -> Option<&Stored> {
         self.by_canonical.get(canonical).map(|&i| &self.tensors[i])
     }
