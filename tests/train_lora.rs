@@ -159,6 +159,9 @@ fn packed_bases_take_additions() {
     assert!(fs::read(base.join("model.safetensors")).unwrap() == before);
     assert_eq!(answer(&base, Some(&folder.path().join("out")), "Describe it."), "It has four sides.");
 
+    // Whole parts learn in no packed checkpoint, which could not be written again.
+    let done = finetune_of(&base, folder.path(), "whole", &["--tune", "projector"]);
+    assert!(!done.ok && done.stderr.contains("packed already") && !folder.path().join("whole").exists(), "{}", done.stderr);
     let done = finetune_of(&base, folder.path(), "eight", &[&LORA[..], &["--base-bits", "8"]].concat());
     assert!(!done.ok && done.stderr.contains("base_bits is 8") && done.stderr.contains("--bits 8"), "{}", done.stderr);
 }

@@ -236,10 +236,59 @@ fn another_run_is_not_gone_on_with() {
     // A new run does not begin where another is.
     let done = finetune(folder.path(), "run", &RUN);
     assert!(!done.ok && done.stderr.contains("not empty"), "{}", done.stderr);
+    // Nor does one go on where none was, least of all in the model's own folder; nor where another is at work.
+    fs::create_dir(folder.path().join("other")).unwrap();
+    fs::write(folder.path().join("other/notes.txt"), "").unwrap();
+    let done = finetune(folder.path(), "other", &with(&["--resume"]));
+    assert!(!done.ok && done.stderr.contains("no run of finetune was here"), "{}", done.stderr);
+    let model = folder.path().join("model");
+    support::program::copy_dir(&fixture(MODEL), &model);
+    let done = finetune_of(&model, folder.path(), "model", &with(&["--resume"]));
+    assert!(!done.ok && done.stderr.contains("the model's own folder"), "{}", done.stderr);
+    let done = finetune_of(&fixture(MODEL), folder.path(), "model", &with(&["--resume"]));
+    assert!(!done.ok && done.stderr.contains("no run of finetune was here"), "{}", done.stderr);
+    let lock = fs::File::create(output.join(".lock")).unwrap();
+    lock.lock().unwrap();
+    fails(&[], &["another run"]);
+    drop(lock);
+    // A manifest of another folder is none of this one's.
+    fs::rename(output.join("checkpoint-8"), output.join("checkpoint-80")).unwrap();
+    let done = finetune(folder.path(), "run", &with(&["--resume", "--lr", "1e-3"]));
+    assert!(!done.ok && done.stderr.contains("not of this folder") && done.stderr.contains("step 7"), "{}", done.stderr);
+    fs::rename(output.join("checkpoint-80"), output.join("checkpoint-8")).unwrap();
     // What has no influence may be another.
     let done = finetune(folder.path(), "run", &with(&["--resume", "--log-steps", "2", "--keep", "1", "--recompute", "selective"]));
     assert!(done.ok, "{}", done.stderr);
     assert_eq!(log(&output).len(), N_STEPS);
+}
+
+/// What ends a run by itself costs no steps either: it goes on when that is mended.
+#[test]
+fn errors_save_first() {
+    let folder = folder();
+    let flags = |more: &[&'static str]| with(&[&["--save-steps", "0", "--grouping", "none", "--seed", "2"], more].concat());
+    assert!(finetune(folder.path(), "whole", &flags(&[])).ok);
+    // A picture that is gone, which the first steps do not need.
+    let pictures = folder.path().join("pictures");
+    support::program::copy_dir(&fixture("images"), &pictures);
+    let run = |more: &[&'static str]| {
+        let mut run = command(&fixture(MODEL), folder.path(), "run", &flags(more));
+        let args: Vec<_> = run.get_args().map(|arg| arg.to_owned()).collect();
+        let images = fixture("images").into_os_string();
+        run = Command::new(run.get_program());
+        run.args(args.iter().map(|arg| if *arg == images { pictures.as_os_str() } else { arg })).env("LLAVA_THREADS", "2");
+        run.output().unwrap()
+    };
+    fs::rename(pictures.join("odd.png"), pictures.join("away.png")).unwrap();
+    let stopped = run(&[]);
+    let said = String::from_utf8(stopped.stderr).unwrap();
+    assert!(!stopped.status.success() && said.contains("odd.png") && said.contains("stopped after step"), "{said}");
+    let n_done = log(&folder.path().join("run")).len();
+    assert_eq!(checkpoints(&folder.path().join("run")), [format!("checkpoint-{n_done}")]);
+    fs::rename(pictures.join("away.png"), pictures.join("odd.png")).unwrap();
+    let resumed = run(&["--resume"]);
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
+    assert_as(&folder.path().join("whole"), &folder.path().join("run"));
 }
 
 /// A row that was left out stays so, is named once and counted once.

@@ -150,6 +150,8 @@ fn what_cannot_be_done_is_said() {
     fails("x", &["--tune", "full", "--eval-data", "nowhere.json"], &["nowhere.json"]);
     fails("x", &["--tune", "full", "--lr", "nan"], &["lr"]);
     fails("x", &["--tune", "full", "--device", "gpu"], &["gpu", "cuda"]);
+    fails("x", &["--tune", "full", "--accumulation", "1000000000"], &["accumulation", "65536"]);
+    fails("x", &["--tune", "lora", "--lora-r", "1000000000000"], &["lora_r", "65536"]);
     assert!(!folder.path().join("x").exists(), "nothing is written before it is known that there is something to write");
     std::fs::create_dir(folder.path().join("full")).unwrap();
     std::fs::write(folder.path().join("full/file"), "").unwrap();
@@ -250,6 +252,21 @@ fn losses_of_rows_add_up() {
     let accumulated = steps("accumulated", "1", "5");
     let mean = rows.iter().map(|r| r.0).sum::<f64>() / 5.0;
     assert!((accumulated[0].0 - mean).abs() < 1e-5 * mean, "{accumulated:?} is not the mean of {rows:?}");
+    // A batch of which nothing can be used does not count.
+    let mut bad = support::finetune::rows();
+    bad[3]["image"] = "nowhere.png".into();
+    std::fs::write(folder.path().join("rows.json"), bad.to_string()).unwrap();
+    let done = finetune(
+        folder.path(),
+        "bad",
+        &["--batch-size", "1", "--accumulation", "5", "--lr", "1e-30", "--tune", "projector", "--max-bad-rows", "1"],
+    );
+    assert!(done.ok, "{}", done.stderr);
+    let loss = log(&folder.path().join("bad"))[0]["loss"].as_f64().unwrap();
+    let by_loss: Vec<f64> = rows.iter().map(|r| r.0).collect();
+    let without_one = by_loss.iter().map(|left_out| (by_loss.iter().sum::<f64>() - left_out) / 4.0);
+    assert!(without_one.into_iter().any(|mean| (loss - mean).abs() < 1e-5 * mean), "{loss} is no mean of four of {by_loss:?}");
+    std::fs::write(folder.path().join("rows.json"), support::finetune::rows().to_string()).unwrap();
     // Steps of two and of two batches, and one of what is left.
     assert_eq!(steps("steps", "1", "2").len(), 3);
 }

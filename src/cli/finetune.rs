@@ -15,7 +15,7 @@ use llava_engine::model::config::Profile;
 use llava_engine::model::save;
 use llava_engine::text::{Style, Template, Tokenizer};
 use llava_engine::train::check::{Report, percentile};
-use llava_engine::train::checkpoint;
+use llava_engine::train::checkpoint::{self, Lock};
 use llava_engine::train::config::{Config, SETTINGS};
 use llava_engine::train::data::Dataset;
 use llava_engine::train::log::{Log, Row};
@@ -145,7 +145,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
         style,
         template: config.template()?.map_or_else(|| Template::by_name(own), Ok)?,
         tokens_per_image: checkpoint.config.tokens_per_image(),
-        max_tokens: config.max_tokens as usize,
+        // What is longer than the model can hold is cut off.
+        max_tokens: (config.max_tokens as usize).min(checkpoint.config.context_tokens),
     };
     if let Some(output) = output {
         return train(args, device, &config, &folder, output, &checkpoint, masker, data);
@@ -171,8 +172,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
     })?;
     bar.finish_and_clear();
     match args.json {
-        true => common::put_json(&report_json(&report, &config, &masker))?,
-        false => common::put(&report_text(&report, &config))?,
+        true => common::put_json(&report_json(&report, &masker))?,
+        false => common::put(&report_text(&report, masker.max_tokens))?,
     }
     if !args.json {
         let shown = report.bad_rows.iter().take(MAX_SHOWN);
@@ -197,38 +198,83 @@ fn train(
     masker: Masker<'_>,
     data: Dataset,
 ) -> Result<Outcome> {
+    let is_model = |a: &Path| std::fs::canonicalize(a).ok() == std::fs::canonicalize(folder).ok();
+    if output.exists() && is_model(output) {
+        return Err(Error::usage("--output is the model's own folder: name another"));
+    }
     if args.resume && output.join(result_name(config)).exists() {
-        // It may have been killed when all was done.
-        eprintln!("llava-engine: this run is complete: its model is in {}", output.display());
-        if args.json {
-            common::put_json(&summary(None, 0, output))?;
-        }
-        return Ok(Outcome::Done);
+        return complete(args, output);
     }
     let (ops, note) = open_grad_device(device, args.threads, DType::F32)?;
     note.iter().for_each(|note| eprintln!("llava-engine: {note}"));
     let mut trainer = Trainer::new(config, checkpoint, masker, data, ops, args.max_bad_rows)?;
+    if !args.resume {
+        save::new_folder(output)?;
+    }
+    std::fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
+    let _lock = Lock::take(output)?;
     if args.resume {
-        std::fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
         checkpoint::tidy(output)?;
         trainer.resume(output, &mut |note| eprintln!("llava-engine: {}", common::one_line(note)))?;
         match trainer.progress() {
             (0, _) if args.write_now => return Err(Error::file(output, "there is no checkpoint to write the model of")),
+            (0, _) if !checkpoint::is_of_a_run(output)? => {
+                return Err(Error::file(output, "is not empty, and no run of finetune was here: name another folder"));
+            }
             (0, _) => eprintln!("llava-engine: there is no checkpoint in {}: beginning anew", output.display()),
             (step, n) => eprintln!("llava-engine: going on after step {step} of {n}"),
         }
-    } else {
-        save::new_folder(output)?;
     }
     let stop = Arc::new(AtomicBool::new(args.write_now));
     common::cancel_on_ctrl_c(Arc::clone(&stop));
-    let mut peak = None;
     let mut log = Log::open(output, trainer.progress().0)?;
+    let result = steps(args, config, &mut trainer, &mut log, &stop, output).and_then(|()| {
+        let (n_done, n_steps) = trainer.progress();
+        if n_done < n_steps && !args.write_now {
+            return Ok(Outcome::Interrupted);
+        }
+        // A picture is no reason to lose a model.
+        if let Err(e) = log.draw() {
+            eprintln!("llava-engine: {}", common::one_line(&e.to_string()));
+        }
+        trainer.save(folder, output)?;
+        Ok(Outcome::Done)
+    });
+    let (n_done, n_steps) = trainer.progress();
+    match &result {
+        // Numbers that are not finite must not take the place of good ones.
+        Err(Error::Check { .. }) => {}
+        Ok(Outcome::Interrupted) | Err(_) if n_done > 0 => {
+            if let Err(e) = trainer.checkpoint(output) {
+                eprintln!("llava-engine: no checkpoint of step {n_done}: {}", common::one_line(&e.to_string()));
+                return result.and(Err(e));
+            }
+            eprintln!(
+                "llava-engine: stopped after step {n_done} of {n_steps}: --resume goes on, --resume --write-now writes the model"
+            );
+        }
+        _ => {}
+    }
+    let outcome = result?;
+    if outcome == Outcome::Done {
+        eprintln!("llava-engine: written to {}", output.display());
+    }
+    if args.json {
+        let n_bad = trainer.bad_rows().chain(trainer.bad_eval_rows()).count();
+        common::put_json(&summary(log.last(), n_bad, output))?;
+    }
+    Ok(outcome)
+}
+
+/// Makes the steps of a run, until it is stopped.
+fn steps(args: &Args, config: &Config, trainer: &mut Trainer<'_>, log: &mut Log, stop: &AtomicBool, output: &Path) -> Result<()> {
+    let say = |row: &str| eprintln!("llava-engine: left out: {}", common::one_line(row));
     // Those that the run knew when it was stopped have been named.
     let mut n_bad = if trainer.progress().0 > 0 { trainer.bad_rows().count() } else { 0 };
+    let (mut n_bad_eval, mut peak) = (0, None);
     while !stop.load(Ordering::Relaxed) {
         let Some(step) = trainer.step()? else { break };
-        trainer.bad_rows().skip(n_bad).for_each(|row| eprintln!("llava-engine: left out: {}", common::one_line(row)));
+        trainer.bad_rows().skip(n_bad).for_each(say);
         n_bad = trainer.bad_rows().count();
         // Measuring takes a second or two.
         if peak.is_none() && (step.n_steps - step.step) as f64 * step.ms > LONG_MS {
@@ -240,7 +286,9 @@ fn train(
         }
         let (n, is_last) = (step.step as u64, step.step == step.n_steps);
         let is_evaluated = is_last || config.eval_steps > 0 && n.is_multiple_of(config.eval_steps);
-        let eval_loss = if is_evaluated { trainer.evaluate()? } else { None };
+        let eval_loss = if is_evaluated { trainer.evaluate(stop)? } else { None };
+        trainer.bad_eval_rows().skip(n_bad_eval).for_each(say);
+        n_bad_eval = trainer.bad_eval_rows().count();
         if let Some(loss) = eval_loss.filter(|_| !args.json) {
             common::put(&format!("step {n}: loss {loss:.4} of the rows to evaluate by\n"))?;
         }
@@ -249,24 +297,22 @@ fn train(
             trainer.checkpoint(output)?;
         }
     }
-    let (n_done, n_steps) = trainer.progress();
-    let is_stopped = n_done < n_steps && !args.write_now;
-    if is_stopped {
-        if n_done > 0 {
-            trainer.checkpoint(output)?;
-        }
-        eprintln!(
-            "llava-engine: stopped after step {n_done} of {n_steps}: --resume goes on, --resume --write-now writes the model"
-        );
-    } else {
-        log.draw()?;
-        trainer.save(folder, output)?;
-        eprintln!("llava-engine: written to {}", output.display());
-    }
+    Ok(())
+}
+
+/// Says that there is nothing to go on with: a run may have been killed when all was done.
+fn complete(args: &Args, output: &Path) -> Result<Outcome> {
+    let last = Log::last_of(output)?;
+    let Some(Row { step: Step { step, n_steps, .. }, .. }) = &last else {
+        return Err(Error::file(output, "holds a model, and no run of finetune was here: name another folder"));
+    };
+    drop(Lock::take(output)?); // that of a run that was killed goes
+    let to_go_on = if step < n_steps { "; to go on, take it out of there" } else { "" };
+    eprintln!("llava-engine: this run is complete: its model, of step {step} of {n_steps}, is in {}{to_go_on}", output.display());
     if args.json {
-        common::put_json(&summary(log.last(), n_bad, output))?;
+        common::put_json(&summary(last.as_ref(), 0, output))?;
     }
-    Ok(if is_stopped { Outcome::Interrupted } else { Outcome::Done })
+    Ok(Outcome::Done)
 }
 
 fn plan_text(plan: &Plan, program: usize) -> String {
@@ -336,13 +382,13 @@ fn harmless(text: &str) -> String {
 /// The percentiles that are shown.
 const PERCENTILES: [(&str, f64); 6] = [("5", 0.05), ("25", 0.25), ("50", 0.5), ("75", 0.75), ("95", 0.95), ("100", 1.0)];
 
-fn report_text(report: &Report, config: &Config) -> String {
+fn report_text(report: &Report, max_tokens: usize) -> String {
     let mut out = String::new();
     let mut line = |name: &str, n: usize| out += &format!("{name:<24} {n:>10}\n");
     line("rows", report.n_rows);
     line("turns", report.n_turns);
     line("images", report.n_images);
-    line(&format!("longer than {} tokens", config.max_tokens), report.n_truncated);
+    line(&format!("longer than {max_tokens} tokens"), report.n_truncated);
     for fault in Fault::ALL {
         line(fault.name(), report.faults.get(&fault).copied().unwrap_or(0));
     }
@@ -357,7 +403,7 @@ fn report_text(report: &Report, config: &Config) -> String {
     out + "\n"
 }
 
-fn report_json(report: &Report, config: &Config, masker: &Masker) -> Value {
+fn report_json(report: &Report, masker: &Masker) -> Value {
     let percentiles = |values: &[usize]| {
         let pairs = PERCENTILES.iter().map(|(name, p)| (format!("p{name}"), json!(percentile(values, *p))));
         pairs.collect::<serde_json::Map<_, _>>()
@@ -367,7 +413,7 @@ fn report_json(report: &Report, config: &Config, masker: &Masker) -> Value {
         |bad| json!({"file": bad.file.to_string_lossy(), "row": bad.number, "fault": bad.fault.name(), "message": bad.message}),
     );
     json!({
-        "template": masker.template.name(), "max_tokens": config.max_tokens,
+        "template": masker.template.name(), "max_tokens": masker.max_tokens,
         "rows": report.n_rows, "turns": report.n_turns, "images": report.n_images, "truncated": report.n_truncated,
         "faults": faults.collect::<serde_json::Map<_, _>>(), "bad_rows": bad.collect::<Vec<_>>(),
         "tokens": percentiles(&report.tokens), "supervised_tokens": percentiles(&report.supervised),

@@ -197,7 +197,7 @@ impl Checkpoint {
         })
     }
 
-    /// Refuses a checkpoint that another program packed: to pack it once more would only lose.
+    /// Refuses a checkpoint that is packed: its integers have no room for what is added, and to pack it once more would only lose.
     ///
     /// # Errors
     /// [`Error::File`] that says which it is.
@@ -205,7 +205,10 @@ impl Checkpoint {
         let what = match (&self.gguf, &self.scheme) {
             (Some(_), _) => "a GGUF file".to_owned(),
             (None, Some(scheme)) => scheme.to_string(),
-            (None, None) => return Ok(()),
+            (None, None) => match self.weights.entries().filter_map(|e| e.canonical).find(|name| name.ends_with(".words")) {
+                Some(name) => format!("by quantize: {}", name.trim_end_matches(".words")),
+                None => return Ok(()),
+            },
         };
         Err(Error::file(self.weights.root(), format!("is packed already ({what}): take the checkpoint that it was made from")))
     }

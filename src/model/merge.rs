@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::checkpoint::Checkpoint;
 use super::save;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::{Epilogue, Ops, Weight};
 use crate::tensor::Tensor;
 use crate::weights::adapter::Adapter;
@@ -30,10 +30,6 @@ pub struct Merged {
 pub fn merge(ops: &dyn Ops, model: &Path, checkpoint: &Checkpoint, adapter: &Adapter, output: &Path) -> Result<Merged> {
     checkpoint.expect_unpacked()?;
     let weights = &checkpoint.weights;
-    if weights.entries().any(|entry| entry.canonical.is_some_and(|name| name.ends_with(".words"))) {
-        let problem = "is packed: merge into the checkpoint that it was made from, and quantize the result";
-        return Err(Error::file(weights.root(), problem));
-    }
     let adapted = adapter.over(weights);
     // Before anything is written: whether all of it fits.
     for entry in weights.entries() {

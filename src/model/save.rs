@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::checkpoint::{Checkpoint, Layout};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
-use crate::weights::write::{Planned, Writer, copy_whole, write_whole};
+use crate::weights::write::{Planned, Writer, copy_whole, sync_folder, write_whole};
 use crate::weights::{Source, StoredDType, files};
 
 /// The only weight file of a folder that is written here.
@@ -128,6 +128,7 @@ impl<'a> Rewrite<'a> {
         }
         self.writer.finish()?;
         companions(model, self.checkpoint, output)?;
+        sync_folder(output)?;
         configuration(model, self.checkpoint, output, |_| {})
     }
 }

@@ -293,13 +293,6 @@ fn plan(checkpoint: &Checkpoint, recipe: Recipe) -> Result<Vec<Item>> {
     for entry in checkpoint.weights.entries() {
         // What LLaVA has no use for is left behind.
         let Some(canonical) = entry.canonical else { continue };
-        if canonical.ends_with(".words") {
-            return Err(Error::tensor(
-                entry.source,
-                entry.file,
-                "is packed already: quantize the checkpoint that it was made from",
-            ));
-        }
         let crate::weights::StoredDType::Known(dtype @ (DType::F32 | DType::F16 | DType::Bf16)) = entry.dtype else {
             return Err(Error::tensor(
                 entry.source,

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::config::Config;
+use super::log;
 use super::optim::Optimizer;
 use super::sampler::Position;
 use crate::dtype::DType;
@@ -27,12 +28,14 @@ use crate::error::{Error, Result};
 use crate::model::Llava;
 use crate::ops::Ops;
 use crate::tensor::Tensor;
+use crate::weights::files;
 use crate::weights::write::{Planned, Writer, sync_folder, write_whole};
 
 const STATE: &str = "state.safetensors";
 const SETTINGS: &str = "settings.toml";
 const MANIFEST: &str = "manifest.json";
 const PREFIX: &str = "checkpoint-";
+const LOCK: &str = ".lock";
 /// Of folders that are being written or taken away.
 const UNFINISHED: &str = ".checkpoint-";
 /// Of the format.
@@ -110,6 +113,43 @@ pub fn fingerprint(values: impl IntoIterator<Item = Vec<u8>>) -> String {
         hasher.update(value);
     }
     hex(&hasher.finalize())
+}
+
+/// Keeps other runs out of an output folder, until it is dropped or its process ends.
+pub struct Lock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Lock {
+    /// Takes the folder `output`.
+    ///
+    /// # Errors
+    /// If another process has it; if it cannot be written.
+    pub fn take(output: &Path) -> Result<Self> {
+        let path = output.join(LOCK);
+        let file = File::create(&path).map_err(|e| Error::io(&path, e))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { path, _file: file }),
+            Err(fs::TryLockError::WouldBlock) => Err(Error::file(output, "another run is writing here")),
+            Err(fs::TryLockError::Error(e)) => Err(Error::io(&path, e)),
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path); // one that stays is taken again
+    }
+}
+
+/// Whether a run may begin in the folder `output` that has no checkpoint: it is empty, or a run was here.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn is_of_a_run(output: &Path) -> Result<bool> {
+    let names = names(output)?;
+    Ok(names.iter().any(|name| name == log::ROWS) || names.iter().all(|name| name.starts_with('.')))
 }
 
 /// Takes away what a run that was killed had not finished writing, or taking away.
@@ -242,6 +282,9 @@ pub fn newest(output: &Path, note: &mut dyn FnMut(&str)) -> Result<Option<Found>
     for step in steps(output)?.into_iter().rev() {
         match open(&output.join(format!("{PREFIX}{step}"))) {
             Ok(found) => return Ok(Some(found)),
+            // Not broken: of another version of this program, or out of reach at the moment.
+            Err(e @ Error::Unsupported(_)) => return Err(e),
+            Err(Error::Io { path, source }) if source.kind() != io::ErrorKind::NotFound => return Err(Error::io(path, source)),
             Err(e) => {
                 note(&format!("{e}: looking for an older checkpoint"));
                 broken = Some(e);
@@ -253,10 +296,15 @@ pub fn newest(output: &Path, note: &mut dyn FnMut(&str)) -> Result<Option<Found>
 
 fn open(folder: &Path) -> Result<Found> {
     let path = folder.join(MANIFEST);
-    let text = |path: &Path| fs::read_to_string(path).map_err(|e| Error::io(path, e));
+    let text = |path: &Path| files::text(path)?.ok_or_else(|| Error::file(path, "is not there"));
     let manifest: Manifest = serde_json::from_str(&text(&path)?).map_err(|e| Error::file(&path, e))?;
     if manifest.version != VERSION {
-        return Err(Error::file(&path, format!("is of version {}, and this program reads version {VERSION}", manifest.version)));
+        let problem = format!("is of version {}, and this program reads version {VERSION}", manifest.version);
+        return Err(Error::Unsupported(format!("{}: {problem}", path.display())));
+    }
+    let Place { step, n_steps, .. } = manifest.place;
+    if step > n_steps || folder.file_name().is_none_or(|name| name != format!("{PREFIX}{step}").as_str()) {
+        return Err(Error::file(&path, format!("is of step {step} of {n_steps}: not of this folder")));
     }
     for name in [STATE, SETTINGS] {
         let path = folder.join(name);

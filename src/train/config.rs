@@ -191,7 +191,7 @@ config! {
 
     /// Steps from line to line of the log
     log_steps: u64 = 1;
-    /// Steps from checkpoint to checkpoint; 0 for one at the end
+    /// Steps from checkpoint to checkpoint; 0 for none between the steps
     save_steps: u64 = 50_000;
     /// Checkpoints that are kept
     keep: u64 = 1;
@@ -201,6 +201,9 @@ config! {
 
 /// The decoder's linear layers, which LLaVA's own script adds LoRA to.
 const LORA_TARGETS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// Rows of a batch, batches of a step, and ranks: more are a slip of the hand.
+const MAX_COUNT: u64 = 1 << 16;
 
 impl Config {
     /// The settings of a run: those of a preset, over them those of a TOML file, over them those of flags. The preset is the one that the
@@ -311,6 +314,9 @@ impl Config {
         ];
         for (key, n) in counts {
             check(key, n as f64, n > 0, "at least 1")?;
+        }
+        for (key, n) in [("batch_size", self.batch_size), ("accumulation", self.accumulation), ("lora_r", self.lora_r)] {
+            check(key, n as f64, n <= MAX_COUNT, "at most 65536")?;
         }
         let all =
             [self.seed, self.warmup_steps, self.max_steps, self.pack_tokens, self.save_steps, self.eval_steps, self.base_bits];

@@ -15,8 +15,9 @@ const SIZE: (u32, u32) = (960, 540);
 /// If it cannot be drawn.
 pub fn svg(rows: &[Row]) -> Result<String> {
     let losses: Vec<(f64, f64)> =
-        rows.iter().map(|row| (row.step.step as f64, row.step.loss)).filter(|(_, y)| y.is_finite()).collect();
-    let evaluated: Vec<(f64, f64)> = rows.iter().filter_map(|row| Some((row.step.step as f64, row.eval_loss?))).collect();
+        rows.iter().filter(|row| row.step.n_learned > 0).map(|row| (row.step.step as f64, row.step.loss)).collect();
+    let mut evaluated: Vec<(f64, f64)> = rows.iter().filter_map(|row| Some((row.step.step as f64, row.eval_loss?))).collect();
+    evaluated.retain(|point| point.1.is_finite());
     let mut out = String::new();
     draw(&mut out, &losses, &evaluated).map_err(|e| Error::usage(format!("the curve of the loss cannot be drawn: {e}")))?;
     Ok(out)

@@ -13,7 +13,8 @@ use super::tensorboard::EventFile;
 use crate::error::{Error, Result};
 use crate::weights::write::write_whole;
 
-const ROWS: &str = "log.jsonl";
+/// The file of rows.
+pub const ROWS: &str = "log.jsonl";
 /// TensorBoard takes the folder's name for that of the run.
 const EVENTS: &str = "tensorboard/events.out.tfevents";
 const CURVE: &str = "loss.svg";
@@ -44,6 +45,14 @@ pub struct Log {
 }
 
 impl Log {
+    /// The last row of the log in the folder `output`; none if there is no log or no row.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn last_of(output: &Path) -> Result<Option<Row>> {
+        Ok(rows(&output.join(ROWS))?.pop())
+    }
+
     /// Goes on with the log in the folder `output` after step `n_done`: what it says of later steps, which were made by a run that did not
     /// live to save them, goes.
     ///
@@ -51,12 +60,8 @@ impl Log {
     /// If it cannot be read or written.
     pub fn open(output: &Path, n_done: usize) -> Result<Self> {
         let path = output.join(ROWS);
-        let text = match fs::read_to_string(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
-            text => text.map_err(|e| Error::io(&path, e))?,
-        };
-        let rows = text.lines().map_while(|line| serde_json::from_str::<Row>(line).ok());
-        let rows: Vec<Row> = rows.take_while(|row| row.step.step <= n_done).collect();
+        let mut rows = rows(&path)?;
+        rows.retain(|row| row.step.step <= n_done);
         let lines = rows.iter().map(|row| line(row, &path)).collect::<Result<String>>()?;
         write_whole(&path, lines.as_bytes())?;
         let file = File::options().append(true).open(&path).map_err(|e| Error::io(&path, e))?;
@@ -93,6 +98,15 @@ impl Log {
     pub fn draw(&self) -> Result<()> {
         write_whole(&self.output.join(CURVE), curve::svg(&self.rows)?.as_bytes())
     }
+}
+
+/// The rows of a log, up to one that was not written whole.
+fn rows(path: &Path) -> Result<Vec<Row>> {
+    let text = match fs::read_to_string(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
+        text => text.map_err(|e| Error::io(path, e))?,
+    };
+    Ok(text.lines().map_while(|line| serde_json::from_str(line).ok()).collect())
 }
 
 fn line(row: &Row, path: &Path) -> Result<String> {

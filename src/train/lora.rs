@@ -168,8 +168,9 @@ pub fn save(
     writer.finish()?;
     if dialect == Dialect::Original {
         let [from, to] = [model, output].map(|folder| folder.join("config.json"));
-        std::fs::copy(&from, &to).map_err(|e| Error::io(&to, e))?;
+        write::copy_whole(&from, &to)?;
     }
+    write::sync_folder(output)?;
     let path = output.join(adapter::CONFIG);
     let text =
         serde_json::to_string_pretty(&configuration(config, checkpoint, dialect, model)).map_err(|e| Error::file(&path, e))?;

@@ -6,7 +6,7 @@ use super::flops::{Size, model_flops};
 use super::lora;
 use super::mask::Masker;
 use super::rows::{Rows, lengths};
-use super::run::{course, supported, trained_whole};
+use super::run::{course, rows_at_once, supported, trained_whole};
 use crate::data::Row;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -91,7 +91,7 @@ impl Plan {
         if let Some(rows) = &mut eval_rows {
             let laid_out = self::laid_out(masker, rows)?;
             let indices: Vec<usize> = (0..laid_out.len()).collect();
-            for batch in indices.chunks(config.batch_size as usize) {
+            for batch in indices.chunks(rows_at_once(config)) {
                 largest(rows, &laid_out, batch)?;
             }
         }

@@ -96,7 +96,7 @@ impl Rows {
         if self.bad.iter().any(|(known, _)| *known == index) {
             return Ok(None);
         }
-        if self.bad.len() == self.max_bad {
+        if self.bad.len() >= self.max_bad {
             return Err(error);
         }
         self.bad.push((index, error.to_string()));

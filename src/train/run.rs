@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::checkpoint::{self, Place};
@@ -16,7 +17,7 @@ use super::lora;
 use super::mask::Masker;
 use super::optim::Optimizer;
 use super::rows::{Loaded, Rows, lengths};
-use super::sampler::{Length, Order, Position, Sampler};
+use super::sampler::{Grouping, Length, Order, Position, Sampler};
 use super::schedule::Schedule;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -206,10 +207,31 @@ impl<'a> Trainer<'a> {
             tflop: 0.0,
             ms: 0.0,
         };
+        let position = self.sampler.position();
+        if let Err(e) = self.make(&mut done) {
+            self.sampler.go_to(position); // so that a checkpoint is one of the step before
+            return Err(e);
+        }
+        self.n_done += 1;
+        done.ms = start.elapsed().as_secs_f64() * 1e3;
+        Ok(Some(done))
+    }
+
+    /// Makes the next step, and says what it was.
+    fn make(&mut self, done: &mut Step) -> Result<()> {
         let batches = self.sampler.next_step();
+        let mut n_used = 0;
         for (i, rows) in batches.iter().enumerate() {
             self.model.set_pass(Some((self.n_done * self.config.accumulation as usize + i) as u64));
-            self.learn(rows, batches.len(), &mut done).map_err(|e| e.within(format_args!("step {}", done.step)))?;
+            let used = self.learn(rows, batches.len(), done).map_err(|e| e.within(format_args!("step {}", done.step)))?;
+            n_used += usize::from(used);
+        }
+        // The mean is over batches that had something to learn.
+        if 0 < n_used && n_used < batches.len() {
+            let factor = batches.len() as f64 / n_used as f64;
+            done.loss *= factor;
+            let ops = &*self.ops;
+            self.model.visit_params(&mut |param| ops.scale(param.grad, factor as f32))?;
         }
         self.model.set_pass(None);
         // Where no row could be used there are no gradients, and moments alone would move the parameters.
@@ -217,9 +239,7 @@ impl<'a> Trainer<'a> {
             let updated = self.optimizer.step(&*self.ops, &mut self.model, self.schedule.factor(self.n_done));
             done.grad_norm = updated.map_err(|e| e.within(format_args!("step {}", done.step)))?;
         }
-        self.n_done += 1;
-        done.ms = start.elapsed().as_secs_f64() * 1e3;
-        Ok(Some(done))
+        Ok(())
     }
 
     /// The learning rate of what learns the most: the decoder, or else the projector.
@@ -229,18 +249,32 @@ impl<'a> Trainer<'a> {
 
     /// What is wrong with each row that was left out so far, in the order in which they were met.
     pub fn bad_rows(&self) -> impl Iterator<Item = &str> {
-        self.eval_rows.iter().flat_map(|rows| &rows.bad).chain(&self.rows.bad).map(|(_, problem)| problem.as_str())
+        self.rows.bad.iter().map(|(_, problem)| problem.as_str())
     }
 
-    /// The mean loss of all tokens to be learned in the rows to evaluate by, in nats; none if there are none.
+    /// The same of rows to evaluate by.
+    pub fn bad_eval_rows(&self) -> impl Iterator<Item = &str> {
+        self.eval_rows.iter().flat_map(|rows| &rows.bad).map(|(_, problem)| problem.as_str())
+    }
+
+    /// The mean loss of all tokens to be learned in the rows to evaluate by, in nats; none if there are none, or when `stop` is set.
     ///
     /// # Errors
     /// If too many rows cannot be used.
-    pub fn evaluate(&mut self) -> Result<Option<f64>> {
+    pub fn evaluate(&mut self, stop: &AtomicBool) -> Result<Option<f64>> {
         let Some(mut rows) = self.eval_rows.take() else { return Ok(None) };
+        let loss = self.loss_of(&mut rows, stop);
+        self.eval_rows = Some(rows);
+        loss
+    }
+
+    fn loss_of(&mut self, rows: &mut Rows, stop: &AtomicBool) -> Result<Option<f64>> {
         let indices: Vec<usize> = (0..rows.data.n_rows()).collect();
         let (mut sum, mut n_learned) = (0.0, 0);
-        for indices in indices.chunks(self.config.batch_size as usize) {
+        for indices in indices.chunks(rows_at_once(self.config)) {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
             let loaded = rows.load(&self.masker, indices)?;
             let n = loaded.is_learned.iter().filter(|is| **is).count();
             if n == 0 {
@@ -251,7 +285,6 @@ impl<'a> Trainer<'a> {
             let tape = self.tape.as_mut().expect("it was just prepared");
             sum += self.model.loss(&*self.ops, tape, pixels.as_ref(), &loaded.batch())?;
         }
-        self.eval_rows = Some(rows);
         Ok((n_learned > 0).then_some(sum / n_learned as f64))
     }
 
@@ -274,12 +307,12 @@ impl<'a> Trainer<'a> {
         Ok(Some(pixels))
     }
 
-    /// Adds the gradients of a batch of rows.
-    fn learn(&mut self, rows: &[usize], n_batches: usize, done: &mut Step) -> Result<()> {
+    /// Adds the gradients of a batch of rows, if there is something to learn in them.
+    fn learn(&mut self, rows: &[usize], n_batches: usize, done: &mut Step) -> Result<bool> {
         let loaded = self.rows.load(&self.masker, rows)?;
         let n_learned = loaded.is_learned.iter().filter(|is| **is).count();
         if n_learned == 0 {
-            return Ok(());
+            return Ok(false);
         }
         let pixels = self.prepare(&loaded)?;
         let tape = self.tape.as_mut().expect("it was just prepared");
@@ -291,7 +324,7 @@ impl<'a> Trainer<'a> {
         let size = Size { n_images: loaded.images.len(), lengths: loaded.lengths, n_learned };
         let (config, model) = (self.config, &self.checkpoint.config);
         done.tflop += model_flops(model, trained_whole(config), lora::n_added(config, model), &size) / 1e12;
-        Ok(())
+        Ok(true)
     }
 
     /// Writes the model into the folder `output`, in the layout and the dtypes of the checkpoint from the folder `model` that it was; of LoRA
@@ -323,6 +356,11 @@ impl<'a> Trainer<'a> {
         }
         rewrite.finish(model, output)
     }
+}
+
+/// Rows that are evaluated at once: no more than are learnt at once.
+pub(super) fn rows_at_once(config: &Config) -> usize {
+    if config.grouping == Grouping::Packed { 1 } else { config.batch_size as usize }
 }
 
 /// Batches in the order of the run, and how many steps it has.

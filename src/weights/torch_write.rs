@@ -12,12 +12,14 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
+use super::write::partial;
+
 /// Writes a dictionary of `tensors`, which are f32, as the file `path`.
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be written.
 pub fn write(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
-    let temporary = path.with_extension("partial");
+    let temporary = partial(path);
     let file = File::create(&temporary).map_err(|e| Error::io(&temporary, e))?;
     let mut archive = ZipWriter::new(BufWriter::new(file));
     let done = archive_of(&mut archive, tensors).and_then(|()| archive.finish()?.into_inner()?.sync_all());

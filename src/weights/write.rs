@@ -132,7 +132,14 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
 /// [`Error::Io`] if it cannot be read or written.
 pub fn copy_whole(from: &Path, to: &Path) -> Result<()> {
     let temporary = partial(to);
-    fs::copy(from, &temporary).and_then(|_| fs::rename(&temporary, to)).map_err(|e| {
+    // Of the content alone: a copy of what may only be read must still be replaceable.
+    let copy = || {
+        let mut file = File::create(&temporary)?;
+        io::copy(&mut File::open(from)?, &mut file)?;
+        file.sync_all()?;
+        fs::rename(&temporary, to)
+    };
+    copy().map_err(|e| {
         let _ = fs::remove_file(&temporary);
         Error::io(to, e)
     })
@@ -147,7 +154,7 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
 }
 
 /// What a file is called until it is whole.
-fn partial(path: &Path) -> PathBuf {
+pub(super) fn partial(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.partial"))
 }
