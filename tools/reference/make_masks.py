@@ -34,8 +34,8 @@ from common import FIXTURES, rng
 from llama_slow import SlowLlamaTokenizer
 
 DIR = FIXTURES / "masks"
-N_ROWS = 240
-N_CAPTIONS = 160  # rows of one exchange with a picture, for `plain`, which takes no others
+N_ROWS = 300
+N_CAPTIONS = 200  # rows of one exchange with a picture, for `plain`, which takes no others
 MAX_LENGTH = 2048
 
 WORDS = {
