@@ -181,6 +181,7 @@ def peft_folder() -> None:
     config = LoraConfig(r=3, lora_alpha=7, lora_dropout=0.05, target_modules=DECODER + ["lm_head"], modules_to_save=["multi_modal_projector"],
                         rank_pattern={"down_proj": 2}, alpha_pattern={"layers.1.self_attn.q_proj": 12, "up_proj": 5})
     model = get_peft_model(model, config)
+    model.peft_config["default"].base_model_name_or_path = name  # not where it lies on this machine
     randomize(model, "peft")
     change_projector(model.base_model.model.model.multi_modal_projector.modules_to_save["default"], "peft")
     folder = new_folder("peft")
@@ -197,6 +198,7 @@ def rslora_folder() -> None:
     name, case = "hf_mha_f32", "image_first"
     spec, checkpoint, model = open_hf(name)
     model = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, use_rslora=True, target_modules="all-linear"))
+    model.peft_config["default"].base_model_name_or_path = name  # not where it lies on this machine
     randomize(model, "rslora")
     folder = new_folder("rslora")
     model.save_pretrained(folder)
