@@ -71,7 +71,16 @@ fn what_is_not_trained_stays() {
     let done =
         finetune(folder.path(), "out", &["--tune", "projector", "--max-steps", "3", "--epochs", "4", "--grouping", "packed"]);
     assert!(done.ok, "{}", done.stderr);
-    assert!(done.stdout.starts_with("step 1/3  loss "), "{}", done.stdout);
+    assert!(
+        done.stdout.starts_with("step 1/3  loss ") && !done.stderr.contains("nothing will be"),
+        "{} {}",
+        done.stdout,
+        done.stderr
+    );
+    // A run of one step is all warm-up, and says so.
+    let done = finetune(folder.path(), "idle", &["--tune", "projector"]);
+    assert!(done.ok && done.stderr.contains("nothing will be learned: the run is all warm-up"), "{}", done.stderr);
+    assert!(tensors(&folder.path().join("idle")) == tensors(&fixture(MODEL)));
     let (before, after) = (tensors(&fixture(MODEL)), tensors(&folder.path().join("out")));
     for (name, bytes) in &after {
         assert_eq!(before[name] != *bytes, name.contains("projector"), "{name}");

@@ -32,7 +32,7 @@ use super::common;
 /// Flags of `finetune`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
-  llava-engine finetune --tune projector --dtype f32 --lr 1e-3 --data rows.json --image-folder pictures --output tuned
+  llava-engine finetune --tune projector --dtype f32 --lr 1e-3 --batch-size 4 --accumulation 1 --data rows.json --image-folder pictures --output tuned
   llava-engine finetune --config run.toml --output tuned --resume
   llava-engine finetune --check-data --model llava-hf/llava-1.5-7b-hf --data llava_instruct_80k.json --image-folder coco/train2017
   llava-engine finetune --check-data --preset llava-1.5-pretrain --config run.toml --json
@@ -224,6 +224,10 @@ fn train(
             (0, _) => eprintln!("llava-engine: there is no checkpoint in {}: beginning anew", output.display()),
             (step, n) => eprintln!("llava-engine: going on after step {step} of {n}"),
         }
+    }
+    if trainer.is_idle() {
+        let advice = "take more epochs, a smaller --batch-size or --accumulation, or --warmup-ratio 0";
+        eprintln!("llava-engine: nothing will be learned: the run is all warm-up, its rate 0 in every step: {advice}");
     }
     let stop = Arc::new(AtomicBool::new(args.write_now));
     common::cancel_on_ctrl_c(Arc::clone(&stop));

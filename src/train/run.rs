@@ -127,6 +127,11 @@ impl<'a> Trainer<'a> {
         })
     }
 
+    /// Whether no step of the run moves anything: one that is all warm-up begins and ends with a rate of 0.
+    pub fn is_idle(&self) -> bool {
+        (0..self.n_steps).all(|step| self.schedule.factor(step) == 0.0)
+    }
+
     /// Steps that are done, and those of the run.
     pub fn progress(&self) -> (usize, usize) {
         (self.n_done, self.n_steps)
