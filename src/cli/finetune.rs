@@ -12,11 +12,11 @@ use llava_engine::engine::open_grad_device;
 use llava_engine::error::{Error, Result};
 use llava_engine::model::checkpoint::{Beside, Checkpoint};
 use llava_engine::model::config::Profile;
-use llava_engine::model::save;
+use llava_engine::model::{save, start};
 use llava_engine::text::{Style, Template, Tokenizer};
 use llava_engine::train::check::{Report, percentile};
 use llava_engine::train::checkpoint::{self, Lock};
-use llava_engine::train::config::{Config, SETTINGS};
+use llava_engine::train::config::{Config, Init, SETTINGS};
 use llava_engine::train::data::Dataset;
 use llava_engine::train::log::{Log, Row};
 use llava_engine::train::mask::{Masker, Stretch};
@@ -34,6 +34,7 @@ use super::common;
 #[command(after_help = "Examples:
   llava-engine finetune --tune projector --dtype f32 --lr 1e-3 --batch-size 4 --accumulation 1 --data rows.json --image-folder pictures --output tuned
   llava-engine finetune --config run.toml --output tuned --resume
+  llava-engine finetune --init random --model shape --tune full --tune-vision full --config run.toml --output first
   llava-engine finetune --check-data --model llava-hf/llava-1.5-7b-hf --data llava_instruct_80k.json --image-folder coco/train2017
   llava-engine finetune --check-data --preset llava-1.5-pretrain --config run.toml --json
 
@@ -131,6 +132,17 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let model = args.model.clone().map_or_else(common::demo_model, Ok)?;
     let folder = resolve(&model.to_string_lossy())?;
     let beside = Beside { model_base: args.model_base.as_deref(), mmproj: None };
+    // Weights that are drawn need a file for as long as the run takes; one that goes on draws the same again.
+    let start =
+        (config.init == Init::Random).then(tempfile::tempdir).transpose().map_err(|e| Error::io(std::env::temp_dir(), e))?;
+    let folder = match &start {
+        Some(start) => {
+            let start = start.path().join("start");
+            start::write(&folder, output.map(|_| config.seed), &start)?;
+            start
+        }
+        None => folder,
+    };
     let checkpoint = Checkpoint::open(&folder, beside)?;
     let tokenizer = match &checkpoint.gguf {
         Some(gguf) => Tokenizer::from_gguf(&gguf.path, &gguf.keys)?,

@@ -168,7 +168,7 @@ impl Checkpoint {
         if let Some(scheme) = scheme {
             weights.set_scheme(scheme);
         }
-        let checkpoint = if ["mm_vision_tower", "mm_projector_type", "mm_hidden_size"].iter().any(|key| keys.has(key)) {
+        let checkpoint = if is_original(&keys) {
             Self::original(&folder, &keys, base, weights)
         } else if is_hf(&keys)? {
             Self::hf(&folder, &keys, weights)
@@ -176,6 +176,20 @@ impl Checkpoint {
             Err(folder.another(&keys))
         };
         Ok(Self { quantized_from, rounding, scheme, ..checkpoint? })
+    }
+
+    /// What a folder in llava-hf's layout says of its model, and the dtype of weights that it names (f32 if none); they need not be there.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; [`Error::Unsupported`] for another layout.
+    pub fn describe(path: &Path) -> Result<(LlavaConfig, DType)> {
+        let folder = Folder::open(path)?;
+        let keys = Keys::new(&folder.config_path, &folder.config);
+        match !is_original(&keys) && is_hf(&keys)? {
+            true => Ok((hf_config(&folder, &keys)?, named_dtype(&keys)?)),
+            false => Err(keys
+                .unsupported("model_type", "a model is described as llava-hf does: `llava`, with text_config and vision_config")),
+        }
     }
 
     fn gguf(path: &Path, mmproj: Option<&Path>) -> Result<Self> {
@@ -215,14 +229,7 @@ impl Checkpoint {
 
     fn hf(folder: &Folder, keys: &Keys, mut weights: Store) -> Result<Self> {
         let found = files::weight_files(folder.path)?.ok_or_else(|| folder.no_weights())?;
-        let image_size = match keys.has("vision_config") {
-            true => config_json::clip(&keys.object("vision_config")?)?.image_size,
-            false => ClipConfig::vit_l_14(336).image_size,
-        };
-        let preprocess = preprocess(folder.path, image_size)?.ok_or_else(|| {
-            Error::file(folder.path, "neither preprocessor_config.json nor an `image_processor` in processor_config.json")
-        })?;
-        let config = config_json::hf(keys, folder.generation().as_ref(), preprocess)?;
+        let config = hf_config(folder, keys)?;
         for file in &found.paths {
             weights.add(file, &[Part::Clip, Part::Projector, Part::Llama])?;
         }
@@ -280,6 +287,29 @@ impl Checkpoint {
     }
 }
 
+/// The dtype that a configuration names: `torch_dtype`, which transformers 5 calls `dtype`.
+fn named_dtype(keys: &Keys) -> Result<DType> {
+    let key = if keys.has("dtype") { "dtype" } else { "torch_dtype" };
+    match keys.str(key)? {
+        None | Some("float32") => Ok(DType::F32),
+        Some("float16") => Ok(DType::F16),
+        Some("bfloat16") => Ok(DType::Bf16),
+        Some(_) => Err(keys.unsupported(key, "weights are float32, float16 or bfloat16")),
+    }
+}
+
+/// The configuration in a folder of llava-hf.
+fn hf_config(folder: &Folder, keys: &Keys) -> Result<LlavaConfig> {
+    let image_size = match keys.has("vision_config") {
+        true => config_json::clip(&keys.object("vision_config")?)?.image_size,
+        false => ClipConfig::vit_l_14(336).image_size,
+    };
+    let preprocess = preprocess(folder.path, image_size)?.ok_or_else(|| {
+        Error::file(folder.path, "neither preprocessor_config.json nor an `image_processor` in processor_config.json")
+    })?;
+    config_json::hf(keys, folder.generation().as_ref(), preprocess)
+}
+
 /// Number format of the decoder's matrices, told by the first of them, once nothing is found that would be dropped silently.
 fn check_decoder(path: &Path, weights: &Store) -> Result<DType> {
     for entry in weights.entries() {
@@ -317,6 +347,11 @@ fn check_decoder(path: &Path, weights: &Store) -> Result<DType> {
         None if weights.has_part(Part::Clip) => Err(Error::file(path, "a vision tower without a decoder: not a whole LLaVA")),
         None => Err(Error::file(path, "its weight files hold no decoder under any known name")),
     }
+}
+
+/// Whether the configuration is one of the original LLaVA.
+fn is_original(keys: &Keys) -> bool {
+    ["mm_vision_tower", "mm_projector_type", "mm_hidden_size"].iter().any(|key| keys.has(key))
 }
 
 /// Whether the configuration is a llava-hf one. `model_type` alone does not tell: the original LLaVA says `llava` too.

@@ -18,6 +18,7 @@ mod projector;
 mod quantized;
 pub mod save;
 mod stage;
+pub mod start;
 mod tape;
 mod training;
 

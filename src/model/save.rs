@@ -41,23 +41,25 @@ pub fn new_folder(output: &Path) -> Result<()> {
     }
 }
 
+/// Copies those files of the folder `model` that say how text and pictures become its input, unless they are there.
+pub fn companions_of(model: &Path, output: &Path) -> Result<()> {
+    for name in COMPANIONS {
+        let (from, to) = (model.join(name), output.join(name));
+        if from.is_file() && !to.exists() {
+            copy_whole(&from, &to)?;
+        }
+    }
+    Ok(())
+}
+
 /// Copies tokenizer and preprocessing of the checkpoint that was opened in the folder `model`.
 pub fn companions(model: &Path, checkpoint: &Checkpoint, output: &Path) -> Result<()> {
-    let copy = |from: &Path, to: &Path| -> Result<()> {
-        for name in COMPANIONS {
-            let (from, to) = (from.join(name), to.join(name));
-            if from.is_file() && !to.exists() {
-                copy_whole(&from, &to)?;
-            }
-        }
-        Ok(())
-    };
-    copy(model, output)?;
-    copy(&checkpoint.tokenizer_dir, output)?;
+    companions_of(model, output)?;
+    companions_of(&checkpoint.tokenizer_dir, output)?;
     let Some(tower) = &checkpoint.tower_dir else { return Ok(()) };
     let to = output.join(TOWER);
     fs::create_dir_all(&to).map_err(|e| Error::io(&to, e))?;
-    copy(tower, &to)?;
+    companions_of(tower, &to)?;
     copy_whole(&tower.join("config.json"), &to.join("config.json"))
 }
 
@@ -140,12 +142,19 @@ pub fn configuration(
     output: &Path,
     change: impl FnOnce(&mut Map<String, Value>),
 ) -> Result<()> {
+    configuration_of(model, output, |config| {
+        change(config);
+        if checkpoint.tower_dir.is_some() {
+            config.insert("mm_vision_tower".to_owned(), json!(TOWER));
+        }
+    })
+}
+
+/// As [`configuration`], of a folder that need not be a checkpoint.
+pub fn configuration_of(model: &Path, output: &Path, change: impl FnOnce(&mut Map<String, Value>)) -> Result<()> {
     let path = model.join("config.json");
     let mut config: Map<String, Value> = files::json(&path)?.ok_or_else(|| Error::file(model, "no config.json"))?;
     change(&mut config);
-    if checkpoint.tower_dir.is_some() {
-        config.insert("mm_vision_tower".to_owned(), json!(TOWER));
-    }
     let to = output.join("config.json");
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::file(&to, e))?;
     write_whole(&to, (text + "\n").as_bytes())

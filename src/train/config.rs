@@ -31,6 +31,14 @@ macro_rules! choice {
 }
 
 choice! {
+    /// What a run begins with.
+    Init:
+        /// The model's weights.
+        Checkpoint
+        /// Weights that are drawn; of the model, no more is needed than its configuration, tokenizer and preprocessing.
+        Random
+}
+choice! {
     /// A stage of LLaVA's training.
     Stage:
         /// The projector learns to show pictures to the decoder.
@@ -123,6 +131,8 @@ config! {
     /// Folder for checkpoints and the result
     output: Option<PathBuf> = None;
 
+    /// What it begins with: checkpoint, or random, for which the model's folder needs no weights, only config.json, tokenizer and preprocessor
+    init: Init = Init::Checkpoint;
     /// What is trained: pretrain (the projector, by captions) or instruct
     stage: Stage = Stage::Instruct;
     /// What of decoder and projector learns: projector, lora (with the projector) or full
@@ -186,7 +196,7 @@ config! {
     dtype: Precision = Precision::Bf16;
     /// Which activations are computed twice instead of being kept: none, selective or full
     recompute: Recompute = Recompute::Full;
-    /// Seed of the order of rows, of LoRA's beginnings and of what is dropped
+    /// Seed of the order of rows, of random weights, of LoRA's beginnings and of what is dropped
     seed: u64 = 42;
 
     /// Steps from line to line of the log
@@ -335,6 +345,11 @@ impl Config {
         }
         if self.tune == Tune::Full && self.tune_vision == TuneVision::Lora {
             return refuse("a decoder that learns whole leaves no adapter: take tune_vision = full or off, or tune = lora");
+        }
+        if self.init == Init::Random && self.has_lora() {
+            return refuse(
+                "init = random has nothing that additions of low rank could build on: take tune = full, and tune_vision = full or off",
+            );
         }
         if ![16, 8, 4].contains(&self.base_bits) {
             return refuse(&format!("base_bits = {} makes no sense: it must be 16, 8 or 4", self.base_bits));

@@ -84,6 +84,14 @@ impl Writer {
         self.file.write_all_at(bytes, place).map_err(|e| Error::io(&self.temporary, e))
     }
 
+    /// Leaves the tensor `name` a hole in the file, which reads as zeros.
+    ///
+    /// # Panics
+    /// If it was not planned, or was written before.
+    pub fn leave_zero(&mut self, name: &str) {
+        self.missing.remove(name).unwrap_or_else(|| panic!("`{name}` is not to be written, or has been"));
+    }
+
     /// Puts the file in its place, once the disk has it.
     ///
     /// # Panics

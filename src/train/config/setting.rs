@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use toml::Value;
 
-use super::{AspectRatio, Precision, Recompute, Stage, Tune, TuneVision};
+use super::{AspectRatio, Init, Precision, Recompute, Stage, Tune, TuneVision};
 use crate::train::sampler::Grouping;
 use crate::train::schedule::Decay;
 
@@ -78,6 +78,7 @@ words! {
     Stage, "STAGE";
     Tune, "PART";
     TuneVision, "PART";
+    Init, "WHAT";
     Precision, "DTYPE";
     Recompute, "WHICH";
     AspectRatio, "HOW";
