@@ -81,6 +81,24 @@ fn a_start_has_the_tensors_and_the_spread_of_transformers() {
     };
     let halves = tensors(&half);
     assert!(tensors(&again).iter().all(|(name, bytes)| halves[name] == rounded(bytes)));
+    // A deviation that is named is that of decoder and projector, and of the tower's embeddings if it is in its part.
+    let config = std::fs::read_to_string(Path::new(&shape).join("config.json")).unwrap();
+    let named =
+        |part: &str, std: f64| config.replace(&format!("\"{part}\": {{"), &format!("\"{part}\": {{\"initializer_range\": {std},"));
+    for (part, names) in [
+        ("text_config", ["lm_head", "linear_1.w", "layers.0.mlp.up_p"]),
+        ("vision_config", ["embeddings.patch", "embeddings.pos", "embeddings.patch"]),
+    ] {
+        std::fs::write(Path::new(&shape).join("config.json"), named(part, 0.08)).unwrap();
+        let to = folder.path().join(part);
+        start::write(Path::new(&shape), Some(7), &to).unwrap();
+        let moments = moments(&to);
+        let changed = moments.iter().filter(|(name, m)| (m[1] / first[*name][1] - 4.0).abs() < 0.01).map(|(name, _)| name.as_str());
+        let changed: Vec<_> = changed.collect();
+        assert!(names.iter().all(|name| changed.iter().any(|c| c.contains(name))), "{part}: {changed:?}");
+        assert!(changed.iter().all(|name| (part == "text_config") != name.contains("vision_tower")), "{part}: {changed:?}");
+        assert_eq!(changed.len(), if part == "text_config" { 2 + 2 + 7 * 4 } else { 2 });
+    }
     // No tensor is another's, as far as there are as many numbers.
     let stds: Vec<_> = first.iter().filter(|(name, _)| !is_constant(name)).map(|(_, m)| m[1].to_bits()).collect();
     assert_eq!(stds.iter().collect::<std::collections::BTreeSet<_>>().len(), stds.len());

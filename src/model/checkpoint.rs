@@ -135,6 +135,19 @@ impl fmt::Display for Layout {
     }
 }
 
+/// A model without weights.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// Shapes and constants.
+    pub config: LlavaConfig,
+    /// The dtype of weights that is named (`torch_dtype`); f32 if none is.
+    pub dtype: DType,
+    /// Standard deviation of new weights of decoder and projector: `initializer_range`, 0.02 if that is not there.
+    pub text_std: f64,
+    /// The same of what in the tower has no rule of its own.
+    pub vision_std: f64,
+}
+
 /// The files beside the weights that are read more than once.
 struct Folder<'a> {
     path: &'a Path,
@@ -178,18 +191,23 @@ impl Checkpoint {
         Ok(Self { quantized_from, rounding, scheme, ..checkpoint? })
     }
 
-    /// What a folder in llava-hf's layout says of its model, and the dtype of weights that it names (f32 if none); they need not be there.
+    /// What a folder in llava-hf's layout says of its model; weights need not be there.
     ///
     /// # Errors
     /// As [`Self::open`]; [`Error::Unsupported`] for another layout.
-    pub fn describe(path: &Path) -> Result<(LlavaConfig, DType)> {
+    pub fn describe(path: &Path) -> Result<Description> {
         let folder = Folder::open(path)?;
         let keys = Keys::new(&folder.config_path, &folder.config);
-        match !is_original(&keys) && is_hf(&keys)? {
-            true => Ok((hf_config(&folder, &keys)?, named_dtype(&keys)?)),
-            false => Err(keys
-                .unsupported("model_type", "a model is described as llava-hf does: `llava`, with text_config and vision_config")),
+        if is_original(&keys) || !is_hf(&keys)? {
+            let how = "a model is described as llava-hf does: `llava`, with text_config and vision_config";
+            return Err(keys.unsupported("model_type", how));
         }
+        let range = |part: &str| match keys.has(part) {
+            true => keys.object(part)?.positive("initializer_range"),
+            false => Ok(None),
+        };
+        let [text_std, vision_std] = [range("text_config")?, range("vision_config")?].map(|std| std.map_or(0.02, f64::from));
+        Ok(Description { config: hf_config(&folder, &keys)?, dtype: named_dtype(&keys)?, text_std, vision_std })
     }
 
     fn gguf(path: &Path, mmproj: Option<&Path>) -> Result<Self> {

@@ -6,17 +6,13 @@ use std::path::Path;
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
 
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{Checkpoint, Description};
 use super::config::{LlavaConfig, ProjectorConfig};
 use super::save;
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::tensor::Tensor;
 use crate::weights::names;
 use crate::weights::write::{Planned, Writer, sync_folder};
-
-/// Standard deviation of what has no rule of its own: `initializer_range` of transformers' CLIP, LLaMA and LLaVA.
-const STD: f64 = 0.02;
 
 /// How a tensor begins.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,8 +31,8 @@ enum Fill {
 /// # Errors
 /// If the folder does not describe a LLaVA in llava-hf's way; if the checkpoint cannot be written.
 pub fn write(model: &Path, seed: Option<u64>, output: &Path) -> Result<()> {
-    let (config, dtype) = Checkpoint::describe(model)?;
-    let tensors = tensors(&config, dtype);
+    let description = Checkpoint::describe(model)?;
+    let (tensors, dtype) = (tensors(&description), description.dtype);
     save::new_folder(output)?;
     let planned: Vec<_> = tensors.iter().map(|(planned, _)| planned.clone()).collect();
     let mut writer = Writer::create(&output.join(save::WEIGHTS), &planned)?;
@@ -60,9 +56,13 @@ pub fn write(model: &Path, seed: Option<u64>, output: &Path) -> Result<()> {
 ///
 /// Source: `_init_weights` of `modeling_clip.py`, `modeling_llama.py` and `modeling_llava.py` in transformers 5: with d the tower's width and L
 /// its layers, Q, K, V and the MLP's second matrix begin with a deviation of d^-1/2 (2L)^-1/2, the output of attention and the class token with
-/// d^-1/2, the MLP's first with (2d)^-1/2, and all else with 0.02; norms begin with ones, biases with zeros.
-fn tensors(config: &LlavaConfig, dtype: DType) -> Vec<(Planned, Fill)> {
+/// d^-1/2, the MLP's first with (2d)^-1/2, and all else with `initializer_range`; norms begin with ones, biases with zeros. For
+/// a narrow decoder the usual 0.02 is little: numbers of width d keep their size through deviations of d^-1/2.
+fn tensors(description: &Description) -> Vec<(Planned, Fill)> {
+    let &Description { ref config, dtype, text_std, vision_std } = description;
     let LlavaConfig { vision, text, .. } = config;
+    // What has no rule of its own.
+    let (of_text, of_vision) = (Fill::Normal(text_std), Fill::Normal(vision_std));
     let mut out = Vec::new();
     let mut add = |name: String, shape: &[usize], fill| {
         out.push((Planned { name, shape: shape.to_vec(), dtype }, fill));
@@ -74,8 +74,8 @@ fn tensors(config: &LlavaConfig, dtype: DType) -> Vec<(Planned, Fill)> {
     let narrow = (d as f64).powf(-0.5);
     let deep = narrow * (2.0 * vision.n_layers as f64).powf(-0.5);
     add(spelt("clip.class_embedding"), &[d], Fill::Normal(narrow));
-    add(spelt("clip.patch_embedding.weight"), &[d, 3, vision.patch_size, vision.patch_size], Fill::Normal(STD));
-    add(spelt("clip.position_embedding.weight"), &[vision.n_patches() + 1, d], Fill::Normal(STD));
+    add(spelt("clip.patch_embedding.weight"), &[d, 3, vision.patch_size, vision.patch_size], of_vision);
+    add(spelt("clip.position_embedding.weight"), &[vision.n_patches() + 1, d], of_vision);
     let mut module = |name: String, shape: &[usize], fill| {
         add(spelt(&format!("{name}.weight")), shape, fill);
         add(spelt(&format!("{name}.bias")), &shape[..1], Fill::Zeros);
@@ -95,7 +95,7 @@ fn tensors(config: &LlavaConfig, dtype: DType) -> Vec<(Planned, Fill)> {
     if let ProjectorConfig::Mlp { n_linear, .. } = config.projector {
         for i in 1..=n_linear {
             let from = if i == 1 { d } else { text.hidden_size };
-            module(format!("projector.linear_{i}"), &[text.hidden_size, from], Fill::Normal(STD));
+            module(format!("projector.linear_{i}"), &[text.hidden_size, from], of_text);
         }
     }
     // transformers misses the tower's last norm, which LLaVA never comes to.
@@ -106,22 +106,22 @@ fn tensors(config: &LlavaConfig, dtype: DType) -> Vec<(Planned, Fill)> {
     let (d, wide, heads) = (text.hidden_size, text.intermediate_size, text.heads());
     let [q, kv] = [heads.n_heads, heads.n_kv_heads].map(|n| n * heads.head_dim);
     let mut weight = |name: &str, shape: &[usize], fill| add(spelt(&format!("llama.{name}.weight")), shape, fill);
-    weight("embed_tokens", &[text.vocab_size, d], Fill::Normal(STD));
+    weight("embed_tokens", &[text.vocab_size, d], of_text);
     for i in 0..text.n_layers {
         let mut layer = |name: &str, shape: &[usize], fill| weight(&format!("layers.{i}.{name}"), shape, fill);
         layer("input_layernorm", &[d], Fill::Ones);
-        layer("self_attn.q_proj", &[q, d], Fill::Normal(STD));
-        layer("self_attn.k_proj", &[kv, d], Fill::Normal(STD));
-        layer("self_attn.v_proj", &[kv, d], Fill::Normal(STD));
-        layer("self_attn.o_proj", &[d, q], Fill::Normal(STD));
+        layer("self_attn.q_proj", &[q, d], of_text);
+        layer("self_attn.k_proj", &[kv, d], of_text);
+        layer("self_attn.v_proj", &[kv, d], of_text);
+        layer("self_attn.o_proj", &[d, q], of_text);
         layer("post_attention_layernorm", &[d], Fill::Ones);
-        layer("mlp.gate_proj", &[wide, d], Fill::Normal(STD));
-        layer("mlp.up_proj", &[wide, d], Fill::Normal(STD));
-        layer("mlp.down_proj", &[d, wide], Fill::Normal(STD));
+        layer("mlp.gate_proj", &[wide, d], of_text);
+        layer("mlp.up_proj", &[wide, d], of_text);
+        layer("mlp.down_proj", &[d, wide], of_text);
     }
     weight("norm", &[d], Fill::Ones);
     if !text.tie_word_embeddings {
-        weight("lm_head", &[text.vocab_size, d], Fill::Normal(STD));
+        weight("lm_head", &[text.vocab_size, d], of_text);
     }
     out
 }
