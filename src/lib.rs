@@ -16,6 +16,7 @@
 //! | [`text`] | tokenizers, templates, streaming |
 //! | [`data`] | rows of LLaVA's instruction data |
 //! | [`train`] | fine-tuning: settings, data, masks, order, schedules |
+//! | [`export`] | writes a checkpoint in the other layout |
 //! | [`quantize`] | makes checkpoints smaller: RTN, GPTQ, AWQ |
 //! | [`weights`] | checkpoint files, mapped |
 //! | [`tensor`], [`dtype`], [`error`], [`device`] | what all of them speak |
@@ -30,6 +31,7 @@ pub mod device;
 pub mod dtype;
 pub mod engine;
 pub mod error;
+pub mod export;
 pub mod image;
 pub mod infer;
 pub mod model;

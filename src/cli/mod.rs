@@ -3,6 +3,7 @@
 mod bench;
 mod chat;
 mod common;
+mod export;
 mod finetune;
 mod generate;
 mod info;
@@ -47,6 +48,8 @@ enum Command {
     Finetune(finetune::Args),
     /// Merges a LoRA adapter into its base model
     Merge(merge::Args),
+    /// Writes a checkpoint in the other layout: llava-hf, or LLaVA's own
+    Export(export::Args),
     /// Says what this binary holds and what this machine has
     Info(info::Args),
     /// Measures how fast this machine encodes, reads prompts and answers
@@ -83,6 +86,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args),
         Command::Finetune(args) => finetune::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Export(args) => export::run(args),
         Command::Info(args) => info::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Completions { shell } => {

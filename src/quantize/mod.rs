@@ -292,14 +292,8 @@ fn plan(checkpoint: &Checkpoint, recipe: Recipe) -> Result<Vec<Item>> {
     let mut items = Vec::new();
     for entry in checkpoint.weights.entries() {
         // What LLaVA has no use for is left behind.
-        let Some(canonical) = entry.canonical else { continue };
-        let crate::weights::StoredDType::Known(dtype @ (DType::F32 | DType::F16 | DType::Bf16)) = entry.dtype else {
-            return Err(Error::tensor(
-                entry.source,
-                entry.file,
-                format!("is stored as {}: weights are f32, f16 or bf16", entry.dtype),
-            ));
-        };
+        let Some(canonical) = entry.canonical.clone() else { continue };
+        let dtype = entry.float_dtype()?;
         let format = match (canonical.strip_suffix(".weight"), entry.shape.as_slice()) {
             (Some(module), &[_, k]) => recipe.format(module, k),
             _ => None,

@@ -1,5 +1,6 @@
 //! The conversation templates of the original LLaVA (`llava/conversation.py`) and llava-hf's default, as data.
 
+mod jinja;
 mod supervised;
 
 use std::ops::Range;

@@ -8,6 +8,7 @@ mod added;
 mod chat_template;
 mod conversation;
 mod decode;
+pub mod export;
 mod gguf;
 mod open;
 mod prompt;

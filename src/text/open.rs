@@ -346,6 +346,18 @@ fn read_bpe(model: &Value) -> Parsed<Bpe> {
         return Err("model.dropout would make the ids random; set it to null".into());
     }
     let vocab = model.get("vocab").and_then(Value::as_object).ok_or("model.vocab is missing or not an object")?;
+    Ok(Bpe {
+        vocab: read_vocab(vocab)?,
+        merges: read_merges(model)?,
+        unk: model.get("unk_token").and_then(Value::as_str).map(str::to_owned),
+        fuse_unk: flag("fuse_unk"),
+        byte_fallback: flag("byte_fallback"),
+        ignore_merges: flag("ignore_merges"),
+    })
+}
+
+/// The merges that the `model` of a `tokenizer.json` lists.
+pub(super) fn read_merges(model: &Value) -> Parsed<Vec<(String, String)>> {
     let merges = model.get("merges").and_then(Value::as_array).ok_or("model.merges is missing or not a list")?;
     let merge = |merge: &Value| {
         // Files before 2024 write "a b", later ones ["a", "b"].
@@ -359,14 +371,7 @@ fn read_bpe(model: &Value) -> Parsed<Bpe> {
         };
         pair.ok_or_else(|| format!("model.merges holds {merge}, which is no pair of pieces"))
     };
-    Ok(Bpe {
-        vocab: read_vocab(vocab)?,
-        merges: merges.iter().map(merge).collect::<Parsed<_>>()?,
-        unk: model.get("unk_token").and_then(Value::as_str).map(str::to_owned),
-        fuse_unk: flag("fuse_unk"),
-        byte_fallback: flag("byte_fallback"),
-        ignore_merges: flag("ignore_merges"),
-    })
+    merges.iter().map(merge).collect()
 }
 
 fn read_added(token: &Value, id: Option<u32>) -> Parsed<AddedToken> {

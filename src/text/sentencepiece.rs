@@ -30,6 +30,11 @@ pub enum PieceKind {
 }
 
 impl PieceKind {
+    /// Its number there.
+    fn number(self) -> u64 {
+        (1..).find(|&number| Self::of_number(number) == Some(self)).expect("each kind has a number")
+    }
+
     /// The kind that SentencePiece, and GGUF files with it, number so.
     pub(super) fn of_number(number: u64) -> Option<Self> {
         Some(match number {
@@ -215,6 +220,40 @@ impl SentencePiece {
         Ok(model)
     }
 
+    /// The bytes of a `tokenizer.model` that [`parse`](Self::parse), and SentencePiece, read as this.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let text = |id: Option<u32>| id.and_then(|id| self.text(id)).map(str::as_bytes);
+        let mut out = Vec::new();
+        for piece in &self.pieces {
+            let mut message = Vec::new();
+            put_bytes(&mut message, 1, piece.text.as_bytes());
+            put_varint(&mut message, 2 << 3 | 5);
+            message.extend(piece.score.to_le_bytes());
+            put_number(&mut message, 3, piece.kind.number());
+            put_bytes(&mut out, 1, &message);
+        }
+        let mut trainer = Vec::new();
+        for (number, value) in [(3, 2), (4, self.pieces.len() as u64), (35, self.byte_fallback.into())] {
+            put_number(&mut trainer, number, value);
+        }
+        // Ids are int32; -1 says that there is none.
+        let ids = [Some(self.unk_id), self.bos_id, self.eos_id, self.pad_id];
+        for (number, id) in (40..).zip(ids) {
+            put_number(&mut trainer, number, id.map_or(u64::MAX, u64::from));
+        }
+        for (number, id) in (45..).zip(ids) {
+            text(id).inspect(|text| put_bytes(&mut trainer, number, text));
+        }
+        put_bytes(&mut out, 2, &trainer);
+        let mut normalizer = Vec::new();
+        put_bytes(&mut normalizer, 1, b"identity");
+        for (number, value) in [(3, self.add_dummy_prefix.into()), (4, 0), (5, 1)] {
+            put_number(&mut normalizer, number, value);
+        }
+        put_bytes(&mut out, 3, &normalizer);
+        out
+    }
+
     /// Every special id points at a piece, and no two pieces are spelt alike.
     pub(super) fn check_ids(&self) -> Result<(), String> {
         let ids = [("unk", Some(self.unk_id)), ("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)];
@@ -262,6 +301,27 @@ impl SentencePiece {
         let text = |id: u32| self.pieces[id as usize].text.clone();
         Ok(merges.into_iter().map(|(_, l, r)| (text(l), text(r))).collect())
     }
+}
+
+fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+/// A field with a number in it.
+fn put_number(out: &mut Vec<u8>, number: u64, value: u64) {
+    put_varint(out, number << 3);
+    put_varint(out, value);
+}
+
+/// A field with bytes in it: a text, or another message.
+fn put_bytes(out: &mut Vec<u8>, number: u64, bytes: &[u8]) {
+    put_varint(out, number << 3 | 2);
+    put_varint(out, bytes.len() as u64);
+    out.extend(bytes);
 }
 
 fn parse_piece(bytes: &[u8]) -> Result<VocabPiece, String> {

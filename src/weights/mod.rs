@@ -100,6 +100,22 @@ pub struct Entry {
     pub parameters: usize,
 }
 
+impl Entry {
+    /// Its number format, if that is one of weights that are not packed.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] that says which else it is.
+    pub fn float_dtype(&self) -> Result<DType> {
+        match self.dtype {
+            StoredDType::Known(dtype @ (DType::F32 | DType::F16 | DType::Bf16)) => Ok(dtype),
+            _ => {
+                let problem = format!("is stored as {}: weights are f32, f16 or bf16", self.dtype);
+                Err(Error::tensor(&self.source, &self.file, problem))
+            }
+        }
+    }
+}
+
 /// Where a model's tensors come from.
 pub trait Source {
     /// The tensor of this canonical name, which must have just this shape: a view into its file, or a copy where the file holds it

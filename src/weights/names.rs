@@ -146,13 +146,29 @@ pub enum Dialect {
     Original,
 }
 
-/// The name within a model of that dialect of the tensor `canonical`, which is in a layer, in the tower or in the projector.
+/// The name within a model of that dialect of the tensor `canonical`.
 pub fn spelling(canonical: &str, dialect: Dialect) -> String {
-    let starts = match dialect {
-        Dialect::Hf => ["model.language_model.", "model.vision_tower.", "model.multi_modal_projector."],
-        Dialect::Original => ["model.", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."],
-    };
+    with_starts(
+        canonical,
+        match dialect {
+            Dialect::Hf => ["model.language_model.", "model.vision_tower.", "model.multi_modal_projector.", "lm_head."],
+            Dialect::Original => ["model.", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector.", "lm_head."],
+        },
+    )
+}
+
+/// The name of the tensor `canonical` in the llava-hf files on the hub, which transformers reads from 4.36 to this day.
+pub fn spelling_in_hf_files(canonical: &str) -> String {
+    with_starts(
+        canonical,
+        ["language_model.model.", "vision_tower.vision_model.", "multi_modal_projector.", "language_model.lm_head."],
+    )
+}
+
+/// The spelling of `canonical` that starts as those of decoder, tower, projector and head do.
+fn with_starts(canonical: &str, starts: [&str; 4]) -> String {
     let part = match Part::of(canonical) {
+        Some(Part::Llama) if canonical.starts_with("llama.lm_head.") => 3,
         Some(Part::Llama) => 0,
         Some(Part::Clip) => 1,
         Some(Part::Projector) => 2,
@@ -162,6 +178,13 @@ pub fn spelling(canonical: &str, dialect: Dialect) -> String {
     // Others that begin so have more in front of the same end; but the projector's first layer may go without a number.
     let spelt = if part == 2 { spelt.max_by_key(String::len) } else { spelt.min_by_key(String::len) };
     spelt.unwrap_or_else(|| canonical.to_owned())
+}
+
+/// The kind (`weight`, `bias`) of the tower's last norm, if that is what a file calls `name`. LLaVA never comes to it, and so it has no
+/// canonical name, but transformers' tower has it.
+pub fn post_layernorm(name: &str) -> Option<&str> {
+    let kind = CLIP_PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix)?.strip_prefix("post_layernorm."))?;
+    matches!(kind, "weight" | "bias").then_some(kind)
 }
 
 fn llama(suffix: &str) -> Option<String> {
@@ -248,27 +271,52 @@ mod tests {
 
     #[test]
     fn a_dialect_has_one_name_for_each() {
-        for (canonical, hf, original) in [
+        for (canonical, hf, hf_files, original) in [
             (
                 "llama.layers.3.mlp.up_proj.weight",
                 "model.language_model.layers.3.mlp.up_proj.weight",
+                "language_model.model.layers.3.mlp.up_proj.weight",
                 "model.layers.3.mlp.up_proj.weight",
             ),
-            ("projector.linear_1.weight", "model.multi_modal_projector.linear_1.weight", "model.mm_projector.0.weight"),
-            ("projector.linear_2.bias", "model.multi_modal_projector.linear_2.bias", "model.mm_projector.2.bias"),
+            (
+                "llama.embed_tokens.weight",
+                "model.language_model.embed_tokens.weight",
+                "language_model.model.embed_tokens.weight",
+                "model.embed_tokens.weight",
+            ),
+            ("llama.lm_head.weight", "lm_head.weight", "language_model.lm_head.weight", "lm_head.weight"),
+            (
+                "projector.linear_1.weight",
+                "model.multi_modal_projector.linear_1.weight",
+                "multi_modal_projector.linear_1.weight",
+                "model.mm_projector.0.weight",
+            ),
+            (
+                "projector.linear_2.bias",
+                "model.multi_modal_projector.linear_2.bias",
+                "multi_modal_projector.linear_2.bias",
+                "model.mm_projector.2.bias",
+            ),
             (
                 "clip.layers.3.mlp.fc1.weight",
                 "model.vision_tower.encoder.layers.3.mlp.fc1.weight",
+                "vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight",
                 "model.vision_tower.vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight",
             ),
             (
                 "clip.pre_layernorm.bias",
                 "model.vision_tower.pre_layrnorm.bias",
+                "vision_tower.vision_model.pre_layrnorm.bias",
                 "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias",
             ),
         ] {
             assert_eq!([Dialect::Hf, Dialect::Original].map(|dialect| spelling(canonical, dialect)), [hf, original]);
+            assert_eq!(spelling_in_hf_files(canonical), hf_files);
         }
+        let norm = |name| post_layernorm(name);
+        assert_eq!(norm("vision_tower.vision_model.post_layernorm.weight"), Some("weight"));
+        assert_eq!(norm("model.vision_tower.vision_tower.vision_model.post_layernorm.bias"), Some("bias"));
+        assert_eq!((norm("vision_model.post_layernorm.running"), norm("text_model.post_layernorm.bias")), (None, None));
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! Writes a safetensors file tensor by tensor, in any order, so that a model larger than memory can be written as it is made; and small
 //! files, each there whole or not at all.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use serde_json::json;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -25,6 +26,16 @@ pub struct Planned {
     pub shape: Vec<usize>,
     /// Its number format.
     pub dtype: DType,
+}
+
+impl Planned {
+    /// Bytes that it takes.
+    ///
+    /// # Panics
+    /// If they cannot be counted: planned tensors are of models that exist.
+    pub fn bytes(&self) -> usize {
+        checked_len(&self.shape).and_then(|n| n.checked_mul(self.dtype.size())).expect("planned tensors are of models that exist")
+    }
 }
 
 /// A file that is being written beside its final name, which it takes when it is whole.
@@ -45,9 +56,8 @@ impl Writer {
         let mut end = 0;
         let mut infos = Vec::new();
         let mut missing = HashMap::new();
-        for Planned { name, shape, dtype } in tensors {
-            let bytes =
-                checked_len(shape).and_then(|n| n.checked_mul(dtype.size())).expect("planned tensors are of models that exist");
+        for tensor in tensors {
+            let (Planned { name, shape, dtype }, bytes) = (tensor, tensor.bytes());
             infos
                 .push((name.clone(), TensorInfo { dtype: stored(*dtype), shape: shape.clone(), data_offsets: (end, end + bytes) }));
             if missing.insert(name.clone(), (end as u64, bytes)).is_some() {
@@ -114,6 +124,54 @@ impl Drop for Writer {
             Err(e) => eprintln!("llava-engine: {} stays behind: {e}", self.temporary.display()),
         }
     }
+}
+
+/// Writes tensors into `folder` as transformers does: `model.safetensors`, or, where that would be larger than `max_bytes`, several files
+/// and their index. `write` is asked for each tensor in turn, by its place in `tensors`, and has to write it. Returns the number of files.
+///
+/// A tensor larger than `max_bytes` has a file of its own.
+///
+/// # Errors
+/// [`Error::Io`] if they cannot be written; [`Error::File`] if two tensors have one name; what `write` fails with.
+pub fn write_shards(
+    folder: &Path,
+    tensors: &[Planned],
+    max_bytes: usize,
+    mut write: impl FnMut(usize, &mut Writer) -> Result<()>,
+) -> Result<usize> {
+    let mut ends = vec![0]; // the place after the last tensor of each file
+    let mut filled = 0;
+    for (i, tensor) in tensors.iter().enumerate() {
+        if filled > 0 && filled + tensor.bytes() > max_bytes {
+            ends.push(i);
+            filled = 0;
+        }
+        filled += tensor.bytes();
+    }
+    ends.push(tensors.len());
+    let n_files = ends.len() - 1;
+    let mut weight_map = BTreeMap::new();
+    for (k, file) in ends.windows(2).enumerate() {
+        let name = match n_files {
+            1 => "model.safetensors".to_owned(),
+            _ => format!("model-{:05}-of-{n_files:05}.safetensors", k + 1),
+        };
+        let of_file = &tensors[file[0]..file[1]];
+        let mut writer = Writer::create(&folder.join(&name), of_file)?;
+        (file[0]..file[1]).try_for_each(|i| write(i, &mut writer))?;
+        writer.finish()?;
+        for tensor in of_file {
+            if weight_map.insert(&tensor.name, name.clone()).is_some() {
+                return Err(Error::file(folder, format!("two tensors would be `{}`", tensor.name)));
+            }
+        }
+    }
+    if n_files > 1 {
+        let total: usize = tensors.iter().map(Planned::bytes).sum();
+        let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+        write_whole(&folder.join("model.safetensors.index.json"), format!("{index:#}\n").as_bytes())?;
+    }
+    Ok(n_files)
 }
 
 /// Writes a small file that is there whole or not at all, on the disk when this returns.
@@ -204,6 +262,39 @@ mod tests {
         assert_eq!((a.data().as_ptr() as usize - bytes.as_ptr() as usize) % ALIGN, 0);
         assert_eq!(file.tensor("b").unwrap().data(), [9; 6]);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn shards_hold_every_tensor_once_and_no_more_than_they_may() {
+        let plan: Vec<Planned> =
+            [8, 3, 20, 1, 9, 0].iter().enumerate().map(|(i, n)| planned(&i.to_string(), &[*n], DType::F16)).collect();
+        for (max, expected) in [
+            (82, vec![vec!["0", "1", "2", "3", "4", "5"]]),
+            (81, vec![vec!["0", "1", "2", "3"], vec!["4", "5"]]),
+            (22, vec![vec!["0", "1"], vec!["2"], vec!["3", "4", "5"]]),
+            (1, vec![vec!["0"], vec!["1"], vec!["2"], vec!["3"], vec!["4"], vec!["5"]]),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let n_files =
+                write_shards(dir.path(), &plan, max, |i, writer| writer.write(&plan[i].name, &vec![i as u8; 2 * plan[i].shape[0]]));
+            assert_eq!(n_files.unwrap(), expected.len(), "{max}");
+            let files = crate::weights::files::weight_files(dir.path()).unwrap().unwrap().paths;
+            let names: Vec<Vec<String>> = files
+                .iter()
+                .map(|file| {
+                    let bytes = fs::read(file).unwrap();
+                    let file = SafeTensors::deserialize(&bytes).unwrap();
+                    let mut names: Vec<_> = file.names().iter().map(ToString::to_string).collect();
+                    names.sort();
+                    assert!(names.iter().all(|name| file.tensor(name).unwrap().data().iter().all(|b| b.to_string() == *name)));
+                    names
+                })
+                .collect();
+            assert_eq!(names, expected, "{max}");
+        }
+        let twice = [planned("a", &[1], DType::F32), planned("a", &[1], DType::F32)];
+        let dir = tempfile::tempdir().unwrap();
+        assert!(write_shards(dir.path(), &twice, 1, |_, writer| writer.write("a", &[0; 4])).is_err());
     }
 
     #[test]
