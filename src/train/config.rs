@@ -17,6 +17,7 @@ use setting::{FromFlag, one_line};
 
 use super::sampler::Grouping;
 use super::schedule::Decay;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::text::Template;
 
@@ -65,7 +66,7 @@ choice! {
         F32
         /// 16 bits with the range of 32; the weights that learn are kept in f32 as well.
         Bf16
-        /// 16 bits, the loss scaled up.
+        /// 16 bits, the loss scaled up; otherwise as bf16.
         F16
 }
 choice! {
@@ -85,6 +86,17 @@ choice! {
         Pad
         /// Their middle is cut out.
         Square
+}
+
+impl Precision {
+    /// Number format of weights as products read them; on a GPU, of activations and their gradients as well.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::Bf16,
+            Self::F16 => DType::F16,
+        }
+    }
 }
 
 macro_rules! config {
@@ -182,9 +194,9 @@ config! {
     grouping: Grouping = Grouping::Modality;
     /// Tokens of a packed batch; as many as the longest row if 0
     pack_tokens: u64 = 0;
-    /// What it computes in: f32, bf16 or f16
+    /// What it computes in: f32, bf16 or f16 (with a loss scale); weights that learn, their gradients and moments are f32 as well. A CPU takes it for weights only: activations are f32 there
     dtype: Precision = Precision::Bf16;
-    /// Which activations are computed twice instead of being kept: none, selective or full
+    /// Which activations are computed twice instead of being kept: none, selective (norms and activation functions) or full (layers)
     recompute: Recompute = Recompute::Full;
     /// Seed of the order of rows, of LoRA's beginnings and of what is dropped
     seed: u64 = 42;
