@@ -112,11 +112,13 @@ fn parts_are_trained_alone() {
 /// Neither computing layers again, nor keeping all of them, nor another number of threads changes a bit.
 #[test]
 fn recomputing_and_threads_change_nothing() {
-    for name in MODELS {
-        let expected = gradients(name, 2, ALL, Recompute::Selective);
-        assert!(gradients(name, 2, ALL, Recompute::Full) == expected, "{name}: recomputed");
-        assert!(gradients(name, 2, ALL, Recompute::None) == expected, "{name}: kept");
-        assert!(gradients(name, 1, ALL, Recompute::Selective) == expected, "{name}: one thread");
+    for (name, dtype) in MODELS.into_iter().flat_map(|name| [(name, DType::F32), (name, DType::Bf16)]) {
+        let of =
+            |threads: usize, recompute: Recompute| gradients_on(&Cpu::new(threads, dtype).unwrap(), name, ALL, recompute, dtype);
+        let expected = of(2, Recompute::Selective);
+        assert!(of(2, Recompute::Full) == expected, "{name} in {dtype}: recomputed");
+        assert!(of(2, Recompute::None) == expected, "{name} in {dtype}: kept");
+        assert!(of(1, Recompute::Selective) == expected, "{name} in {dtype}: one thread");
     }
 }
 
@@ -481,6 +483,24 @@ fn overflows_are_skipped() {
     run.plant(name, f32::NAN);
     let error = optimizer.step(&*run.ops, &mut run.model, 0.0).unwrap_err().to_string();
     assert!(error.starts_with(name) && optimizer.loss_scale().unwrap().value() == 1.0, "{error}");
+}
+
+/// Powers of two change no digit: with another scale steps and moments are the same, to the last bit.
+#[test]
+fn what_is_learned_does_not_depend_on_the_scale() {
+    let learned = |scale: f32| {
+        let mut run = Run::on(Device::Cpu, "hf_mha_f32", DType::F16);
+        let mut optimizer = Optimizer::new(&in_precision(Precision::F16));
+        optimizer.set_loss_scale(Some(loss_scale(scale)));
+        let mut step = || {
+            run.scaled_loss(f64::from(scale));
+            optimizer.step(&*run.ops, &mut run.model, 1.0).unwrap().unwrap()
+        };
+        let norms = [step(), step()];
+        let moments = optimizer.moments("projector.linear_1.weight").unwrap().map(Tensor::to_f32);
+        (norms, moments, run.values())
+    };
+    assert!(learned(65536.0) == learned(2.0));
 }
 
 /// The scale rises and falls as that of PyTorch's `GradScaler` does.

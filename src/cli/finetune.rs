@@ -31,7 +31,7 @@ use super::common;
 /// Flags of `finetune`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
-  llava-engine finetune --tune projector --dtype f32 --lr 1e-3 --batch-size 4 --accumulation 1 --data rows.json --image-folder pictures --output tuned
+  llava-engine finetune --tune projector --lr 1e-3 --batch-size 4 --accumulation 1 --data rows.json --image-folder pictures --output tuned
   llava-engine finetune --config run.toml --output tuned --resume
   llava-engine finetune --check-data --model llava-hf/llava-1.5-7b-hf --data llava_instruct_80k.json --image-folder coco/train2017
   llava-engine finetune --check-data --preset llava-1.5-pretrain --config run.toml --json

@@ -66,7 +66,7 @@ choice! {
         F32
         /// 16 bits with the range of 32; the weights that learn are kept in f32 as well.
         Bf16
-        /// 16 bits, the loss scaled up; otherwise as bf16.
+        /// 16 bits of more precision and less range, so that the loss is scaled; else as bf16.
         F16
 }
 choice! {
@@ -89,7 +89,7 @@ choice! {
 }
 
 impl Precision {
-    /// Number format of weights as products read them; on a GPU, of activations and their gradients as well.
+    /// Number format in which products read weights that learn; on a GPU, of all matrices, activations and their gradients.
     pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
@@ -194,7 +194,7 @@ config! {
     grouping: Grouping = Grouping::Modality;
     /// Tokens of a packed batch; as many as the longest row if 0
     pack_tokens: u64 = 0;
-    /// What it computes in: f32, bf16 or f16 (with a loss scale); weights that learn, their gradients and moments are f32 as well. A CPU takes it for weights only: activations are f32 there
+    /// What it computes in: f32, bf16 or f16 (with a loss scale). Weights that learn are kept in f32 as well, for their steps. A CPU takes it for these alone: others stay as they are stored, and activations are f32
     dtype: Precision = Precision::Bf16;
     /// Which activations are computed twice instead of being kept: none, selective (norms and activation functions) or full (layers)
     recompute: Recompute = Recompute::Full;

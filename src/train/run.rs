@@ -86,7 +86,7 @@ impl<'a> Trainer<'a> {
     /// Loads the model onto a device that was opened for the dtype of the settings; `max_bad_rows` rows that cannot be used are left out, one more is an error. As many of those to evaluate by.
     ///
     /// # Errors
-    /// If the settings ask for what this version cannot do, by name; if the model cannot be loaded or trained; if there is nothing to do.
+    /// If the model cannot be loaded, or not be trained so; if there is nothing to do.
     pub fn new(
         config: &'a Config,
         checkpoint: &'a Checkpoint,
