@@ -351,7 +351,7 @@ fn step_line(step: &Step, mfu: Option<f64>) -> String {
         s @ 100..6000 => format!("{} min", s / 60),
         s => format!("{:.1} h", s as f64 / 3600.0),
     };
-    let norm = if *is_skipped { "skipped: gradients beyond f16".to_owned() } else { format!("grad norm {grad_norm:.3}") };
+    let norm = if *is_skipped { "skipped: gradients not finite".to_owned() } else { format!("grad norm {grad_norm:.3}") };
     let scale = loss_scale.map_or(String::new(), |scale| format!("loss scale {scale}  "));
     format!("step {step}/{n_steps}  loss {loss:.4}  lr {lr:.2e}  {norm}  {scale}{speed:.0} tokens/s  {mfu}{left} left\n")
 }

@@ -6,11 +6,11 @@ use std::path::Path;
 use serde_json::json;
 
 use super::config::{Config, Tune, TuneVision};
-use super::run::trained_whole;
+use super::run::learns_whole;
 use crate::error::{Error, Result};
+use crate::model::Llava;
 use crate::model::checkpoint::{Checkpoint, Layout};
 use crate::model::config::LlavaConfig;
-use crate::model::{Llava, Trained};
 use crate::ops::dropout::philox;
 use crate::ops::{GradOps, Packed};
 use crate::tensor::Tensor;
@@ -58,6 +58,7 @@ impl Fresh<'_> {
         }
     }
 }
+
 impl Source for Fresh<'_> {
     fn tensor(&self, canonical: &str, shape: &[usize]) -> Result<Tensor> {
         self.base.tensor(canonical, shape)
@@ -68,13 +69,7 @@ impl Source for Fresh<'_> {
     }
 
     fn learns(&self, canonical: &str) -> bool {
-        let Trained { vision, projector, decoder } = trained_whole(self.config);
-        match Part::of(canonical) {
-            Some(Part::Clip) => vision,
-            Some(Part::Projector) => projector,
-            Some(Part::Llama) => decoder,
-            None => false,
-        }
+        learns_whole(self.config, canonical)
     }
 
     /// A as PEFT begins it, by Kaiming's rule with a = √5, which comes to U(−1/√k, 1/√k); B = 0.

@@ -6,7 +6,7 @@ use super::flops::{Size, model_flops};
 use super::lora;
 use super::mask::Masker;
 use super::rows::{Rows, lengths};
-use super::run::{course, passes, rows_at_once, trained_whole};
+use super::run::{course, learns_whole, passes, rows_at_once, trained_whole};
 use crate::data::Row;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -113,16 +113,11 @@ impl Plan {
         recompute: Recompute,
         n_pixels: usize,
     ) -> Result<()> {
-        let (config, whole) = (&checkpoint.config, trained_whole(settings));
+        let config = &checkpoint.config;
         let (mut frozen, mut n_trained, mut n_rounded) = (0, self.n_trained, self.n_trained);
         for entry in checkpoint.weights.entries() {
             let Some(name) = entry.canonical.filter(|name| is_run(name, config)) else { continue };
-            let learns = match name.split('.').next() {
-                Some("clip") => whole.vision,
-                Some("projector") => whole.projector,
-                _ => whole.decoder,
-            };
-            if !learns {
+            if !learns_whole(settings, &name) {
                 frozen += entry.bytes;
                 continue;
             }

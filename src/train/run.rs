@@ -26,7 +26,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::{Llava, Recompute, Tape, Trained, save};
 use crate::ops::GradOps;
 use crate::tensor::Tensor;
-use crate::weights::names::Dialect;
+use crate::weights::names::{Dialect, Part};
 use crate::weights::torch_write;
 
 /// A model that is being trained, and what it is trained by.
@@ -64,7 +64,7 @@ pub struct Step {
     pub loss: f64,
     /// Learning rate of it.
     pub lr: f64,
-    /// Norm of all gradients before they were cut down.
+    /// Norm of all gradients before they were cut down; 0 if the step was skipped.
     pub grad_norm: f64,
     /// What the loss was multiplied by, in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -430,6 +430,17 @@ fn of_model(checkpoint: &Checkpoint) -> Result<String> {
 /// What learns by itself, not by additions of low rank.
 pub(super) fn trained_whole(config: &Config) -> Trained {
     Trained { vision: config.tune_vision == TuneVision::Full, projector: true, decoder: config.tune == Tune::Full }
+}
+
+/// Whether the tensor of this canonical name learns by itself.
+pub(super) fn learns_whole(config: &Config, canonical: &str) -> bool {
+    let Trained { vision, projector, decoder } = trained_whole(config);
+    match Part::of(canonical) {
+        Some(Part::Clip) => vision,
+        Some(Part::Projector) => projector,
+        Some(Part::Llama) => decoder,
+        None => false,
+    }
 }
 
 /// What gradients are made of, and what is computed again for them.
