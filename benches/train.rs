@@ -28,7 +28,7 @@ fn main() {
     let config = &checkpoint.config;
     let trained = Trained { vision: true, projector: true, decoder: true };
     let mut model = Llava::load(&ops, config, &checkpoint.weights, Some(DType::F32)).unwrap();
-    model.train(&ops, trained).unwrap();
+    model.train(&ops, trained, DType::F32).unwrap();
 
     let (n_features, size) = (config.tokens_per_image(), config.vision.image_size);
     let slot = |i: usize| {

@@ -63,7 +63,7 @@ fn gradients(name: &str, pass: Option<u64>, threads: usize, recompute: Recompute
     let ops = Cpu::new(threads, DType::F32).unwrap();
     let source = Given { base: &checkpoint.weights, lora: &lora };
     let mut model = Llava::load(&ops, &checkpoint.config, &source, None).unwrap();
-    model.train(&ops, Trained { vision: false, projector: true, decoder: false }).unwrap();
+    model.train(&ops, Trained { vision: false, projector: true, decoder: false }, DType::F32).unwrap();
     model.set_pass(pass);
     let (slots, is_learned, lengths) = of_model.batch();
     let trained = Trained { vision: true, projector: true, decoder: true };

@@ -153,11 +153,13 @@ fn packed_bases_take_additions() {
     let base = folder.path().join("base");
     quantize(&fixture("checkpoints/hf_mha_f32"), &base, &["--bits", "4", "--group-size", "32", "--no-evaluation"]);
     let before = fs::read(base.join("model.safetensors")).unwrap();
-    let flags = [&LORA[..], &["--base-bits", "4", "--epochs", "60", "--lr", "1e-2"]].concat();
-    let done = finetune_of(&base, folder.path(), "out", &flags);
-    assert!(done.ok, "{}", done.stderr);
-    assert!(fs::read(base.join("model.safetensors")).unwrap() == before);
-    assert_eq!(answer(&base, Some(&folder.path().join("out")), "Describe it."), "It has four sides.");
+    for dtype in ["f32", "bf16"] {
+        let flags = [&LORA[..], &["--base-bits", "4", "--epochs", "60", "--lr", "1e-2", "--dtype", dtype]].concat();
+        let done = finetune_of(&base, folder.path(), dtype, &flags);
+        assert!(done.ok, "{}", done.stderr);
+        assert!(fs::read(base.join("model.safetensors")).unwrap() == before);
+        assert_eq!(answer(&base, Some(&folder.path().join(dtype)), "Describe it."), "It has four sides.", "{dtype}");
+    }
 
     // Whole parts learn in no packed checkpoint, which could not be written again.
     let done = finetune_of(&base, folder.path(), "whole", &["--tune", "projector"]);

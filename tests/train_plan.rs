@@ -15,9 +15,7 @@ fn flags(dir: &Path) -> Vec<String> {
     let data = dir.join("rows.json");
     std::fs::write(&data, serde_json::to_string(&[&rows[..]; 4].concat()).unwrap()).unwrap();
     let mut flags = vec!["--data".to_owned(), data.display().to_string(), "--image-folder".into(), folder.display().to_string()];
-    flags.extend(
-        ["--dtype", "f32", "--accumulation", "2", "--max-steps", "2", "--epochs", "9", "--template", "hf"].map(String::from),
-    );
+    flags.extend(["--accumulation", "2", "--max-steps", "2", "--epochs", "9", "--template", "hf"].map(String::from));
     flags
 }
 
@@ -32,18 +30,23 @@ fn run(flags: &[String], more: &[&str]) -> Value {
 fn a_run_takes_what_was_planned() {
     let dir = tempfile::tempdir().unwrap();
     let flags = flags(dir.path());
-    let settings: [&[&str]; 6] = [
+    let settings: [&[&str]; 9] = [
         &["--tune", "full", "--tune-vision", "full", "--recompute", "selective", "--batch-size", "16"],
         &["--tune", "full", "--tune-vision", "full", "--recompute", "full", "--batch-size", "32"],
         &["--tune", "full", "--recompute", "selective", "--batch-size", "24", "--eval-share", "0.1"],
         &["--tune", "lora", "--lora-r", "64", "--tune-vision", "lora", "--recompute", "selective", "--batch-size", "24"],
         &["--tune", "projector", "--recompute", "full", "--batch-size", "32", "--grouping", "none"],
         &["--tune", "full", "--recompute", "full", "--grouping", "packed", "--pack-tokens", "3000"],
+        &["--tune", "full", "--tune-vision", "full", "--recompute", "none", "--batch-size", "16"],
+        &["--tune", "full", "--recompute", "none", "--batch-size", "24", "--dtype", "bf16"],
+        &["--tune", "lora", "--lora-r", "512", "--recompute", "full", "--batch-size", "4", "--dtype", "f16"],
     ];
     for (i, setting) in settings.iter().enumerate() {
-        let plan = run(&flags, &[setting, &["--plan"][..]].concat());
+        let dtype = if setting.contains(&"--dtype") { &[][..] } else { &["--dtype", "f32"] };
+        let setting = &[*setting, dtype].concat();
+        let plan = run(&flags, &[&setting[..], &["--plan"]].concat());
         let output = dir.path().join(format!("out{i}")).display().to_string();
-        let done = run(&flags, &[setting, &["--output", &output][..]].concat());
+        let done = run(&flags, &[&setting[..], &["--output", &output]].concat());
         let [planned, measured] = [&plan["bytes"], &done["peak_memory_bytes"]].map(|bytes| bytes.as_f64().unwrap());
         println!("{setting:?}: {:.1} MB planned, {:.1} MB measured", planned / 1e6, measured / 1e6);
         assert!((measured / planned - 1.0).abs() < 0.05, "{setting:?}: {measured} is not {planned}: {plan}");

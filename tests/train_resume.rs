@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
+use serde_json::Value;
 use support::finetune::{MODEL, command, finetune, finetune_of, folder, log, rows, tensors};
 use support::fixture;
 
@@ -212,6 +213,54 @@ fn adapters_go_on_too() {
     assert!(tensors(&output) == expected, "another result");
     let again = finetune(folder.path(), "run", &flags(&["--resume"]));
     assert!(again.ok && again.stderr.contains("complete"), "{}", again.stderr);
+}
+
+/// In 16 bits the state is f32 as well, and that of the loss scale goes on.
+#[test]
+fn runs_in_16_bits_go_on_too() {
+    for dtype in ["bf16", "f16"] {
+        let folder = folder();
+        let run = |name: &str, flags: &[&'static str]| finetune(folder.path(), name, &with(&[&["--dtype", dtype], flags].concat()));
+        let whole = run("whole", &[]);
+        assert!(whole.ok, "{}", whole.stderr);
+        let [whole, output] = ["whole", "run"].map(|name| folder.path().join(name));
+        let manifest = |output: &Path, step: usize| -> Value {
+            serde_json::from_slice(&fs::read(output.join(format!("checkpoint-{step}/manifest.json"))).unwrap()).unwrap()
+        };
+        let expected = manifest(&whole, 8);
+        let scale = serde_json::json!({"scale": 65536.0, "n_good": 8});
+        assert_eq!(expected["loss_scale"], if dtype == "f16" { scale } else { Value::Null });
+        support::program::copy_dir(&whole, &output);
+        let cut_off = |gone: &[&str]| {
+            gone.iter().for_each(|name| fs::remove_file(output.join(name)).unwrap());
+            fs::remove_dir_all(output.join("checkpoint-8")).unwrap();
+        };
+        cut_off(&["config.json", "model.safetensors"]);
+        let done = run("run", &["--resume"]);
+        assert!(done.ok && done.stderr.contains("going on after step 7 of 9"), "{}", done.stderr);
+        assert_as(&whole, &output);
+        assert_eq!(manifest(&output, 8)["loss_scale"], expected["loss_scale"]);
+        assert_eq!(manifest(&output, 8)["files"]["state.safetensors"], expected["files"]["state.safetensors"], "another hash");
+        if dtype == "bf16" {
+            continue;
+        }
+        // A scale that no gradient can bear: two steps are skipped, and the model is that of step 7.
+        cut_off(&["config.json", "model.safetensors"]);
+        let path = output.join("checkpoint-7/manifest.json");
+        let mut changed = manifest(&output, 7);
+        changed["loss_scale"]["scale"] = f32::MAX.into();
+        fs::write(path, changed.to_string()).unwrap();
+        support::program::copy_dir(&output, &folder.path().join("of_7"));
+        assert!(run("of_7", &["--resume", "--write-now"]).ok);
+        let done = run("run", &["--resume"]);
+        assert!(done.ok && done.stdout.matches("skipped").count() == 2, "{} {}", done.stdout, done.stderr);
+        assert!(tensors(&output) == tensors(&folder.path().join("of_7")));
+        assert_eq!(manifest(&output, 8)["n_updates"], 7);
+        let rows = log(&output);
+        let told: Vec<_> =
+            rows[6..].iter().map(|row| (row["loss_scale"].as_f64().unwrap() as f32, row["is_skipped"].is_boolean())).collect();
+        assert_eq!(told, [(65536.0, false), (f32::MAX, true), (f32::MAX / 2.0, true)]);
+    }
 }
 
 #[test]

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 use llava_engine::data::Fault;
 use llava_engine::device::Device;
-use llava_engine::dtype::DType;
 use llava_engine::engine::open_grad_device;
 use llava_engine::error::{Error, Result};
 use llava_engine::model::checkpoint::{Beside, Checkpoint};
@@ -32,7 +31,7 @@ use super::common;
 /// Flags of `finetune`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
-  llava-engine finetune --tune projector --dtype f32 --lr 1e-3 --batch-size 4 --accumulation 1 --data rows.json --image-folder pictures --output tuned
+  llava-engine finetune --tune projector --lr 1e-3 --batch-size 4 --accumulation 1 --data rows.json --image-folder pictures --output tuned
   llava-engine finetune --config run.toml --output tuned --resume
   llava-engine finetune --init random --model shape --tune full --tune-vision full --config run.toml --output first
   llava-engine finetune --check-data --model llava-hf/llava-1.5-7b-hf --data llava_instruct_80k.json --image-folder coco/train2017
@@ -217,7 +216,7 @@ fn train(
     if args.resume && output.join(result_name(config)).exists() {
         return complete(args, output);
     }
-    let (ops, note) = open_grad_device(device, args.threads, DType::F32)?;
+    let (ops, note) = open_grad_device(device, args.threads, config.dtype.dtype())?;
     note.iter().for_each(|note| eprintln!("llava-engine: {note}"));
     let mut trainer = Trainer::new(config, checkpoint, masker, data, ops, args.max_bad_rows)?;
     if !args.resume {
@@ -355,7 +354,7 @@ fn summary(last_step: Option<&Row>, n_bad: usize, output: &Path) -> Value {
 }
 
 fn step_line(step: &Step, mfu: Option<f64>) -> String {
-    let Step { step, n_steps, loss, lr, grad_norm, n_tokens, ms, .. } = step;
+    let Step { step, n_steps, loss, lr, grad_norm, loss_scale, is_skipped, n_tokens, ms, .. } = step;
     let left = (n_steps - step) as f64 * ms / 1e3;
     let speed = *n_tokens as f64 / ms * 1e3;
     let mfu = mfu.map_or(String::new(), |mfu| format!("MFU {:.0} %  ", 100.0 * mfu));
@@ -364,7 +363,9 @@ fn step_line(step: &Step, mfu: Option<f64>) -> String {
         s @ 100..6000 => format!("{} min", s / 60),
         s => format!("{:.1} h", s as f64 / 3600.0),
     };
-    format!("step {step}/{n_steps}  loss {loss:.4}  lr {lr:.2e}  grad norm {grad_norm:.3}  {speed:.0} tokens/s  {mfu}{left} left\n")
+    let norm = if *is_skipped { "skipped: gradients not finite".to_owned() } else { format!("grad norm {grad_norm:.3}") };
+    let scale = loss_scale.map_or(String::new(), |scale| format!("loss scale {scale}  "));
+    format!("step {step}/{n_steps}  loss {loss:.4}  lr {lr:.2e}  {norm}  {scale}{speed:.0} tokens/s  {mfu}{left} left\n")
 }
 
 /// Bad rows that are named one by one, for people.

@@ -6,7 +6,7 @@ use super::acts::ClipActs;
 use super::config::{Activation, ClipConfig};
 use super::load::Loader;
 use super::stage::{Ctx, Stage};
-use super::tape::{Saved, Work, copy};
+use super::tape::{Saved, Work, copy, kept_or, place};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{LayerNorm, Linear, Param, VisitParams};
@@ -81,19 +81,20 @@ impl Clip {
 
 impl Clip {
     /// Makes room for gradients of all its parameters.
-    pub(super) fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
-        self.patch_embedding.train(ops)?;
+    pub(super) fn train(&mut self, ops: &dyn GradOps, compute: DType) -> Result<()> {
+        self.patch_embedding.train(ops, compute)?;
         let gradient = |of: &Tensor| ops.alloc(of.shape(), DType::F32);
         self.grad = Some([gradient(&self.class_embedding)?, gradient(&self.position_embedding)?]);
         self.pre_norm.train(ops)?;
-        self.layers.iter_mut().try_for_each(|layer| layer.train(ops))
+        self.layers.iter_mut().try_for_each(|layer| layer.train(ops, compute))
     }
 
     /// Shows the parameters that are trained.
     pub(super) fn visit(&mut self, visit: VisitParams<'_>) -> Result<()> {
         if let Some([class, positions]) = &mut self.grad {
-            visit(Param { name: "clip.class_embedding", value: &mut self.class_embedding, grad: class })?;
-            visit(Param { name: "clip.position_embedding.weight", value: &mut self.position_embedding, grad: positions })?;
+            visit(Param { name: "clip.class_embedding", value: &mut self.class_embedding, grad: class, rounded: None })?;
+            let (name, value) = ("clip.position_embedding.weight", &mut self.position_embedding);
+            visit(Param { name, value, grad: positions, rounded: None })?;
         }
         self.patch_embedding.visit(&["clip.patch_embedding".to_owned()], visit)?;
         self.pre_norm.visit("clip.pre_layernorm", visit)?;
@@ -151,16 +152,19 @@ impl Layer {
         w: &mut Work,
         spans: &[Span<'_>],
     ) -> Result<()> {
-        self.norm1.forward(ops, &mut w.normed, x)?;
-        self.qkv.forward_training(ops, &mut s.qkv, &w.normed, Update::Set)?;
+        let normed = place(&mut s.normed[0], &mut w.normed);
+        self.norm1.forward(ops, normed, x)?;
+        self.qkv.forward_training(ops, &mut s.qkv, normed, Update::Set)?;
         ops.attention_lse(&mut s.attn, &mut s.lse, &s.qkv, spans, self.heads, false)?;
         copy(ops, &mut s.mid, x)?;
         self.out.forward_training(ops, &mut s.mid, &s.attn, Update::Add)?;
-        self.norm2.forward(ops, &mut w.normed, &s.mid)?;
-        self.fc1.forward_training(ops, &mut s.mlp_in, &w.normed, Update::Set)?;
-        ops.activate(&mut w.act, &s.mlp_in, by_itself(self.activation))?;
+        let normed = place(&mut s.normed[1], &mut w.normed);
+        self.norm2.forward(ops, normed, &s.mid)?;
+        self.fc1.forward_training(ops, &mut s.mlp_in, normed, Update::Set)?;
+        let act = place(&mut s.act, &mut w.act);
+        ops.activate(act, &s.mlp_in, by_itself(self.activation))?;
         copy(ops, y, &s.mid)?;
-        self.fc2.forward_training(ops, y, &w.act, Update::Add)
+        self.fc2.forward_training(ops, y, act, Update::Add)
     }
 
     /// d_x, the gradient by y of [`Layer::forward_saving`], becomes that by x; those of parameters that are trained are added to.
@@ -174,16 +178,16 @@ impl Layer {
         spans: &[Span<'_>],
     ) -> Result<()> {
         let f = by_itself(self.activation);
-        ops.activate(&mut w.act, &s.mlp_in, f)?;
-        self.fc2.backward(ops, Some(&mut w.d_act), d_x, &w.act)?;
+        let act = kept_or(&s.act, &mut w.act, |act| ops.activate(act, &s.mlp_in, f))?;
+        self.fc2.backward(ops, Some(&mut w.d_act), d_x, act)?;
         ops.activate_backward(&mut w.d_mlp_in, &w.d_act, &s.mlp_in, f)?;
-        self.norm2.forward(ops, &mut w.normed, &s.mid)?;
-        self.fc1.backward(ops, Some(&mut w.d_normed), &w.d_mlp_in, &w.normed)?;
+        let normed = kept_or(&s.normed[1], &mut w.normed, |normed| self.norm2.forward(ops, normed, &s.mid))?;
+        self.fc1.backward(ops, Some(&mut w.d_normed), &w.d_mlp_in, normed)?;
         self.norm2.backward(ops, d_x, &w.d_normed, &s.mid)?;
         self.out.backward(ops, Some(&mut w.d_attn), d_x, &s.attn)?;
         ops.attention_backward(&mut w.d_qkv, &s.qkv, &s.attn, &w.d_attn, &s.lse, spans, self.heads, false)?;
-        self.norm1.forward(ops, &mut w.normed, x)?;
-        self.qkv.backward(ops, Some(&mut w.d_normed), &w.d_qkv, &w.normed)?;
+        let normed = kept_or(&s.normed[0], &mut w.normed, |normed| self.norm1.forward(ops, normed, x))?;
+        self.qkv.backward(ops, Some(&mut w.d_normed), &w.d_qkv, normed)?;
         self.norm1.backward(ops, d_x, &w.d_normed, x)
     }
 
@@ -193,8 +197,8 @@ impl Layer {
     }
 
     /// Makes room for gradients of all its parameters.
-    fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
-        self.linears().into_iter().try_for_each(|l| l.train(ops))?;
+    fn train(&mut self, ops: &dyn GradOps, compute: DType) -> Result<()> {
+        self.linears().into_iter().try_for_each(|l| l.train(ops, compute))?;
         [&mut self.norm1, &mut self.norm2].into_iter().try_for_each(|norm| norm.train(ops))
     }
 

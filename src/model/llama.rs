@@ -4,9 +4,10 @@ use super::acts::{BlockActs, HEAD_ROWS, LlamaActs};
 use super::config::LlamaConfig;
 use super::load::Loader;
 use super::stage::{Ctx, LinearInput, Stage};
-use super::tape::{Saved, Work, copy};
+use super::tape::{Saved, Work, copy, kept_or, place};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::nn::{Linear, RmsNorm, VisitParams, rope_table};
+use crate::nn::{Linear, RmsNorm, TrainedMatrix, VisitParams, rope_table};
 use crate::ops::grad::{GradOps, Rotation, Update};
 use crate::ops::{Heads, KvLayer, KvSource, Matrix, RopeTable, RowCopy, Span, Weight};
 use crate::tensor::Tensor;
@@ -14,7 +15,7 @@ use crate::tensor::Tensor;
 /// The decoder.
 pub struct Llama {
     pub(super) embedding: Matrix, // [vocab, hidden]
-    pub(super) embedding_grad: Option<Tensor>,
+    pub(super) embedding_grad: Option<TrainedMatrix>,
     pub(super) blocks: Vec<Block>,
     pub(super) norm: RmsNorm,
     pub(super) head: Linear, // [vocab, hidden]
@@ -180,17 +181,20 @@ impl Block {
         rope: &RopeTable,
         spans: &[Span<'_>],
     ) -> Result<()> {
-        self.attn_norm.forward(ops, &mut w.normed, x)?;
-        self.qkv.forward_training(ops, &mut s.qkv, &w.normed, Update::Set)?;
+        let normed = place(&mut s.normed[0], &mut w.normed);
+        self.attn_norm.forward(ops, normed, x)?;
+        self.qkv.forward_training(ops, &mut s.qkv, normed, Update::Set)?;
         ops.rope(&mut s.qkv, rope, spans, self.heads, Rotation::Forward)?;
         ops.attention_lse(&mut s.attn, &mut s.lse, &s.qkv, spans, self.heads, true)?;
         copy(ops, &mut s.mid, x)?;
         self.out.forward_training(ops, &mut s.mid, &s.attn, Update::Add)?;
-        self.mlp_norm.forward(ops, &mut w.normed, &s.mid)?;
-        self.gate_up.forward_training(ops, &mut s.mlp_in, &w.normed, Update::Set)?;
-        ops.silu_mul(&mut w.act, &s.mlp_in)?;
+        let normed = place(&mut s.normed[1], &mut w.normed);
+        self.mlp_norm.forward(ops, normed, &s.mid)?;
+        self.gate_up.forward_training(ops, &mut s.mlp_in, normed, Update::Set)?;
+        let act = place(&mut s.act, &mut w.act);
+        ops.silu_mul(act, &s.mlp_in)?;
         copy(ops, y, &s.mid)?;
-        self.down.forward_training(ops, y, &w.act, Update::Add)
+        self.down.forward_training(ops, y, act, Update::Add)
     }
 
     /// d_x, the gradient by y of [`Block::forward_saving`], becomes that by x; those of parameters that are trained are added to.
@@ -205,17 +209,17 @@ impl Block {
         rope: &RopeTable,
         spans: &[Span<'_>],
     ) -> Result<()> {
-        ops.silu_mul(&mut w.act, &s.mlp_in)?;
-        self.down.backward(ops, Some(&mut w.d_act), d_x, &w.act)?;
+        let act = kept_or(&s.act, &mut w.act, |act| ops.silu_mul(act, &s.mlp_in))?;
+        self.down.backward(ops, Some(&mut w.d_act), d_x, act)?;
         ops.silu_mul_backward(&mut w.d_mlp_in, &w.d_act, &s.mlp_in)?;
-        self.mlp_norm.forward(ops, &mut w.normed, &s.mid)?;
-        self.gate_up.backward(ops, Some(&mut w.d_normed), &w.d_mlp_in, &w.normed)?;
+        let normed = kept_or(&s.normed[1], &mut w.normed, |normed| self.mlp_norm.forward(ops, normed, &s.mid))?;
+        self.gate_up.backward(ops, Some(&mut w.d_normed), &w.d_mlp_in, normed)?;
         self.mlp_norm.backward(ops, d_x, &w.d_normed, &s.mid)?;
         self.out.backward(ops, Some(&mut w.d_attn), d_x, &s.attn)?;
         ops.attention_backward(&mut w.d_qkv, &s.qkv, &s.attn, &w.d_attn, &s.lse, spans, self.heads, true)?;
         ops.rope(&mut w.d_qkv, rope, spans, self.heads, Rotation::Inverse)?;
-        self.attn_norm.forward(ops, &mut w.normed, x)?;
-        self.qkv.backward(ops, Some(&mut w.d_normed), &w.d_qkv, &w.normed)?;
+        let normed = kept_or(&s.normed[0], &mut w.normed, |normed| self.attn_norm.forward(ops, normed, x))?;
+        self.qkv.backward(ops, Some(&mut w.d_normed), &w.d_qkv, normed)?;
         self.attn_norm.backward(ops, d_x, &w.d_normed, x)
     }
 
@@ -225,8 +229,8 @@ impl Block {
     }
 
     /// Makes room for gradients of all its parameters.
-    pub(super) fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
-        self.linears().into_iter().try_for_each(|l| l.train(ops))?;
+    pub(super) fn train(&mut self, ops: &dyn GradOps, compute: DType) -> Result<()> {
+        self.linears().into_iter().try_for_each(|l| l.train(ops, compute))?;
         [&mut self.attn_norm, &mut self.mlp_norm].into_iter().try_for_each(|norm| norm.train(ops))
     }
 

@@ -26,14 +26,17 @@ impl<'a> Loader<'a> {
     pub fn new(ops: &'a dyn Ops, weights: &'a dyn Source, dtype: Option<DType>) -> Self {
         Self { ops, weights, dtype, scratch: Scratch::default() }
     }
+
     /// A matrix or table of this shape.
     pub fn matrix(&self, name: &str, shape: &[usize]) -> Result<Arc<Tensor>> {
-        Ok(Arc::new(self.place(self.weights.tensor(name, shape)?)?))
+        // What learns keeps all its bits, whatever the device computes in.
+        let dtype = self.dtype.map(|dtype| if self.weights.learns(name) { DType::F32 } else { dtype });
+        Ok(Arc::new(self.place(self.weights.tensor(name, shape)?, dtype)?))
     }
 
     /// Brings a matrix to the device, converted if it must be.
-    fn place(&self, tensor: Tensor) -> Result<Tensor> {
-        self.ops.upload(match self.dtype {
+    fn place(&self, tensor: Tensor, dtype: Option<DType>) -> Result<Tensor> {
+        self.ops.upload(match dtype {
             Some(dtype) if dtype != tensor.dtype() => tensor.converted(dtype),
             _ => tensor,
         })
@@ -69,12 +72,12 @@ impl<'a> Loader<'a> {
         match low_rank.learned {
             None => {
                 let b = low_rank.scaled_b();
-                Lora::new(part, first_col, self.place(low_rank.a)?, self.place(b)?, scratch)
+                Lora::new(part, first_col, self.place(low_rank.a, self.dtype)?, self.place(b, self.dtype)?, scratch)
             }
             Some(learned) => {
                 let LowRank { a, b, scale, .. } = low_rank;
                 let mut lora = Lora::new(part, first_col, self.ops.upload(a)?, self.ops.upload(b)?, scratch)?;
-                lora.learn(self.ops, scale, learned.dropout, learned.seed)?;
+                lora.learn(scale, learned.dropout, learned.seed);
                 Ok(lora)
             }
         }

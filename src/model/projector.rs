@@ -3,6 +3,7 @@
 use super::clip::by_itself;
 use super::config::ProjectorConfig;
 use super::load::Loader;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::nn::{Linear, VisitParams};
 use crate::ops::grad::{GradOps, Update};
@@ -106,8 +107,8 @@ impl Projector {
     }
 
     /// Makes room for gradients of all its parameters.
-    pub(super) fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
-        self.layers.iter_mut().try_for_each(|layer| layer.train(ops))
+    pub(super) fn train(&mut self, ops: &dyn GradOps, compute: DType) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.train(ops, compute))
     }
 
     /// Shows the parameters that are trained.

@@ -9,6 +9,8 @@ use crate::tensor::Tensor;
 /// What is computed again on the way back instead of being kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recompute {
+    /// Nothing, but for probabilities of attention, and A·x of low-rank additions.
+    None,
     /// Norms and activation functions: cheap, and half of what there is to keep.
     Selective,
     /// Whole layers: only their inputs are kept.
@@ -32,12 +34,33 @@ pub(super) struct Saved {
     pub lse: Tensor,    // f32 [tokens, n_heads]
     pub mid: Tensor,    // [tokens, hidden]: the residual stream after attention
     pub mlp_in: Tensor, // [tokens, mlp_in]
+    /// Outputs of both norms and of the activation function, if they are not made again.
+    pub normed: [Option<Tensor>; 2], // [tokens, hidden]
+    pub act: Option<Tensor>, // [tokens, mlp]
+}
+
+/// Where a layer puts what its products take: `kept`, or else `work`, where the next layer overwrites it.
+pub(super) fn place<'a>(kept: &'a mut Option<Tensor>, work: &'a mut Tensor) -> &'a mut Tensor {
+    kept.as_mut().unwrap_or(work)
+}
+
+/// What was kept; else what `make` makes of `work`, again.
+pub(super) fn kept_or<'a>(
+    kept: &'a Option<Tensor>,
+    work: &'a mut Tensor,
+    make: impl FnOnce(&mut Tensor) -> Result<()>,
+) -> Result<&'a Tensor> {
+    if let Some(kept) = kept {
+        return Ok(kept);
+    }
+    make(work)?;
+    Ok(work)
 }
 
 /// What layers need while they run, and no longer.
 pub(super) struct Work {
-    pub normed: Tensor,   // [tokens, hidden]
-    pub act: Tensor,      // [tokens, mlp]
+    pub normed: Tensor,   // [tokens, hidden], but for 0 columns where it is kept
+    pub act: Tensor,      // [tokens, mlp], likewise
     pub d_act: Tensor,    // [tokens, mlp]
     pub d_mlp_in: Tensor, // [tokens, mlp_in]
     pub d_normed: Tensor, // [tokens, hidden]
@@ -66,6 +89,9 @@ impl Stack {
     ) -> Result<Self> {
         let Widths { hidden, heads, mlp_in, mlp } = widths;
         let alloc = |width| ops.room(&[max_tokens, width], ops.of_activations());
+        let is_kept = recompute == Recompute::None;
+        let kept = |width| is_kept.then(|| alloc(width)).transpose();
+        let not_kept = |width| alloc(if is_kept { 0 } else { width });
         let saved = || {
             Ok(Saved {
                 qkv: alloc(heads.qkv_width())?,
@@ -73,6 +99,8 @@ impl Stack {
                 lse: ops.room(&[max_tokens, heads.n_heads], DType::F32)?,
                 mid: alloc(hidden)?,
                 mlp_in: alloc(mlp_in)?,
+                normed: [kept(hidden)?, kept(hidden)?],
+                act: kept(mlp)?,
             })
         };
         let n_saved = if recompute == Recompute::Full { n_layers.min(1) } else { n_layers };
@@ -80,8 +108,8 @@ impl Stack {
             hidden: (0..=n_layers).map(|_| alloc(hidden)).collect::<Result<_>>()?,
             saved: (0..n_saved).map(|_| saved()).collect::<Result<_>>()?,
             work: Work {
-                normed: alloc(hidden)?,
-                act: alloc(mlp)?,
+                normed: not_kept(hidden)?,
+                act: not_kept(mlp)?,
                 d_act: alloc(mlp)?,
                 d_mlp_in: alloc(mlp_in)?,
                 d_normed: alloc(hidden)?,
@@ -98,8 +126,8 @@ impl Stack {
         for t in [normed, act, d_act, d_mlp_in, d_normed, d_attn, d_qkv, &mut self.d_x].into_iter().chain(&mut self.hidden) {
             t.set_rows(tokens);
         }
-        for Saved { qkv, attn, lse, mid, mlp_in } in &mut self.saved {
-            for t in [qkv, attn, lse, mid, mlp_in] {
+        for Saved { qkv, attn, lse, mid, mlp_in, normed, act } in &mut self.saved {
+            for t in [qkv, attn, lse, mid, mlp_in].into_iter().chain(normed.iter_mut().flatten()).chain(act) {
                 t.set_rows(tokens);
             }
         }

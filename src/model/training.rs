@@ -14,9 +14,9 @@ use super::stage::Ctx;
 use super::tape::{Recompute, Stack, Widths};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::nn::{Param, VisitParams, own_f32};
+use crate::nn::{Lora, TrainedMatrix, VisitParams};
 use crate::ops::grad::GradOps;
-use crate::ops::{Heads, Matrix, RowCopy, Span};
+use crate::ops::{Heads, RowCopy, Span};
 use crate::tensor::Tensor;
 
 /// Tokens whose logits are made at once.
@@ -128,31 +128,38 @@ impl Tape {
 }
 
 impl Llava {
-    /// Makes room for the gradients of these parts: from now on they are trained.
+    /// Makes room for the gradients of these parts, and of low-rank additions that learn: from now on they are trained. Products read what is
+    /// trained in `compute`; steps are made in f32 ([`TrainedMatrix`]).
     ///
     /// # Errors
     /// If a matrix of them is packed; if embeddings and head are one tensor, whose gradient would be two.
-    pub fn train(&mut self, ops: &dyn GradOps, trained: Trained) -> Result<()> {
+    pub fn train(&mut self, ops: &dyn GradOps, trained: Trained, compute: DType) -> Result<()> {
+        self.loras().try_for_each(|lora| lora.train(ops, compute))?;
         if trained.vision {
-            self.clip.train(ops).map_err(|e| e.within("vision tower"))?;
+            self.clip.train(ops, compute).map_err(|e| e.within("vision tower"))?;
         }
         if trained.projector {
-            self.projector.train(ops).map_err(|e| e.within("projector"))?;
+            self.projector.train(ops, compute).map_err(|e| e.within("projector"))?;
         }
         if trained.decoder {
             if self.config.text.tie_word_embeddings {
                 return Err(Error::Unsupported("training a decoder whose head is its embedding (tie_word_embeddings)".into()));
             }
-            self.llama.train(ops).map_err(|e| e.within("decoder"))?;
+            self.llama.train(ops, compute).map_err(|e| e.within("decoder"))?;
         }
         Ok(())
     }
 
     /// Says which pass is next, of those that drop something of what low-rank additions take; none, as at first, drops nothing.
     pub fn set_pass(&mut self, pass: Option<u64>) {
+        self.loras().for_each(|lora| lora.set_pass(pass));
+    }
+
+    /// Low-rank additions to layers.
+    fn loras(&mut self) -> impl Iterator<Item = &mut Lora> {
         let tower = self.clip.layers.iter_mut().flat_map(|layer| layer.linears());
         let decoder = self.llama.blocks.iter_mut().flat_map(|block| block.linears());
-        tower.chain(decoder).flat_map(|linear| &mut linear.lora).for_each(|lora| lora.set_pass(pass));
+        tower.chain(decoder).flat_map(|linear| &mut linear.lora)
     }
 
     /// Makes the projector's matrices dense, so that it can be trained whole.
@@ -214,10 +221,10 @@ impl Llava {
         let Positions { ids, text, images } = Positions::of(batch.slots);
         let exchanged =
             |copies: &[RowCopy]| copies.iter().map(|c| RowCopy { dst: c.src, src: c.dst, n_rows: c.n_rows }).collect::<Vec<_>>();
-        if let Some(d_table) = &mut self.llama.embedding_grad {
+        if let Some(table) = &mut self.llama.embedding_grad {
             embeds.set_rows(ids.len());
             ops.copy_rows(embeds, &decoder.d_x, &exchanged(&text))?;
-            ops.embed_backward(d_table, embeds, &ids)?;
+            ops.embed_backward(&mut table.grad, embeds, &ids)?;
         }
         let Some(projected) = projected else { return Ok(loss) };
         let mut d_features = ops.alloc(projected.features().shape(), ops.activation_dtype())?;
@@ -456,19 +463,16 @@ impl Llama {
         Ok(())
     }
 
-    fn train(&mut self, ops: &dyn GradOps) -> Result<()> {
-        let table = own_f32(ops, &mut self.embedding)?;
-        self.embedding_grad = Some(ops.alloc(table.shape(), DType::F32)?);
-        self.blocks.iter_mut().try_for_each(|block| block.train(ops))?;
+    fn train(&mut self, ops: &dyn GradOps, compute: DType) -> Result<()> {
+        self.embedding_grad = Some(TrainedMatrix::begin(ops, &mut self.embedding, compute)?);
+        self.blocks.iter_mut().try_for_each(|block| block.train(ops, compute))?;
         self.norm.train(ops)?;
-        self.head.train(ops)
+        self.head.train(ops, compute)
     }
 
     fn visit(&mut self, visit: VisitParams<'_>) -> Result<()> {
-        if let Some(grad) = &mut self.embedding_grad {
-            let Matrix::Dense(table) = &mut self.embedding else { unreachable!("a trained embedding is dense") };
-            let value = std::sync::Arc::get_mut(table).expect("a trained embedding has one owner");
-            visit(Param { name: "llama.embed_tokens.weight", value, grad })?;
+        if let Some(table) = &mut self.embedding_grad {
+            table.visit("llama.embed_tokens.weight", &mut self.embedding, visit)?;
         }
         self.blocks.iter_mut().enumerate().try_for_each(|(i, block)| block.visit(i, visit))?;
         self.norm.visit("llama.norm", visit)?;

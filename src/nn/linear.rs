@@ -4,9 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::lora::Lora;
-use super::param::{Param, VisitParams};
+use super::param::{Param, TrainedMatrix, VisitParams};
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::grad::{GradOps, Update};
 use crate::ops::{Epilogue, Matrix, Ops, Weight};
 use crate::tensor::Tensor;
@@ -27,8 +27,8 @@ pub struct Linear {
 /// Gradients of a linear layer, f32.
 #[derive(Debug)]
 pub struct LinearGrad {
-    /// Of each part, `[n_i, k]`.
-    pub parts: Vec<Tensor>,
+    /// Of each part, `[n_i, k]`, with what it is rounded from.
+    pub parts: Vec<TrainedMatrix>,
     /// `[n]`, if there is a bias.
     pub bias: Option<Tensor>,
 }
@@ -85,7 +85,7 @@ impl Linear {
     pub fn backward(&mut self, ops: &dyn GradOps, dx: Option<&mut Tensor>, dy: &Tensor, x: &Tensor) -> Result<()> {
         if let Some(grad) = &mut self.grad {
             let mut first_col = self.weight.first_col;
-            for dw in &mut grad.parts {
+            for TrainedMatrix { grad: dw, .. } in &mut grad.parts {
                 ops.linear_dw(dw, dy, first_col, x)?;
                 first_col += dw.rows();
             }
@@ -106,16 +106,12 @@ impl Linear {
         self.lora.iter().try_for_each(|lora| lora.add_input_gradient(ops, dx, &lora.d_hidden(ops, dy)?))
     }
 
-    /// Makes room for gradients: from now on the layer is trained, its matrix in f32, which holds small steps.
+    /// Makes room for gradients: from now on the layer is trained, and products read its matrix in `compute`.
     ///
     /// # Errors
     /// If its matrix is packed.
-    pub fn train(&mut self, ops: &dyn Ops) -> Result<()> {
-        let mut parts = Vec::new();
-        for part in &mut self.weight.parts {
-            let tensor = own_f32(ops, part)?;
-            parts.push(ops.alloc(tensor.shape(), DType::F32)?);
-        }
+    pub fn train(&mut self, ops: &dyn Ops, compute: DType) -> Result<()> {
+        let parts = self.weight.parts.iter_mut().map(|part| TrainedMatrix::begin(ops, part, compute)).collect::<Result<_>>()?;
         let bias = self.bias.as_ref().map(|b| ops.alloc(b.shape(), DType::F32)).transpose()?;
         self.grad = Some(LinearGrad { parts, bias });
         Ok(())
@@ -140,33 +136,13 @@ impl Linear {
     pub fn visit(&mut self, names: &[String], visit: VisitParams<'_>) -> Result<()> {
         self.lora.iter_mut().try_for_each(|lora| lora.visit(&names[lora.part], visit))?;
         let Some(grad) = &mut self.grad else { return Ok(()) };
-        for ((part, grad), name) in self.weight.parts.iter_mut().zip(&mut grad.parts).zip(names) {
-            let shared = || Error::Unsupported(format!("training {name}, which another layer shares"));
-            let Matrix::Dense(tensor) = part else { return Err(shared()) };
-            let value = Arc::get_mut(tensor).ok_or_else(shared)?;
-            visit(Param { name: &format!("{name}.weight"), value, grad })?;
+        for ((part, trained), name) in self.weight.parts.iter_mut().zip(&mut grad.parts).zip(names) {
+            trained.visit(&format!("{name}.weight"), part, visit)?;
         }
         if let (Some(value), Some(grad)) = (&mut self.bias, &mut grad.bias) {
             // One bias for all parts: Q, K and V of the vision tower have theirs in one tensor.
-            visit(Param { name: &format!("{}.bias", names.join("+")), value, grad })?;
+            visit(Param { name: &format!("{}.bias", names.join("+")), value, grad, rounded: None })?;
         }
         Ok(())
     }
-}
-
-/// Makes `matrix` one of f32 that has its memory to itself: what is in a file is for reading only.
-///
-/// # Errors
-/// If it is packed.
-pub fn own_f32<'a>(ops: &dyn Ops, matrix: &'a mut Matrix) -> Result<&'a Tensor> {
-    let storage = matrix.storage();
-    let Matrix::Dense(tensor) = matrix else {
-        return Err(Error::Unsupported(format!("training a matrix in {storage}: its steps would be lost")));
-    };
-    if tensor.dtype() != DType::F32 || tensor.is_mapped() {
-        let own = ops.upload(ops.to_host(tensor)?.converted(DType::F32))?;
-        tensor.release(); // nobody reads the file's again before the end
-        *tensor = Arc::new(own);
-    }
-    Ok(tensor)
 }

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::param::{Param, VisitParams};
+use super::param::{TrainedMatrix, VisitParams};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::grad::{GradOps, Update};
-use crate::ops::{Epilogue, Matrix, Ops, RowCopy, Weight};
+use crate::ops::{Epilogue, Ops, RowCopy, Weight};
 use crate::tensor::Tensor;
 
 /// y\[:, c..c+n\] += s·B·A·dropout(x), where c is the column of the part of a weight that it adds to.
@@ -32,8 +32,8 @@ struct Learning {
     seed: u64,
     /// Whether the pass at hand drops anything, and by which bits.
     key: Option<u64>,
-    d_a: Tensor, // f32 [r, k]
-    d_b: Tensor, // f32 [n, r]
+    /// Gradients of A and B, once there is room for them.
+    factors: Option<[TrainedMatrix; 2]>,
 }
 
 /// The output of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) for a state: neighbouring numbers become unrelated ones.
@@ -112,12 +112,17 @@ impl Lora {
         Ok(Self { part, a, b: Weight { first_col, ..b }, scratch, learning: None })
     }
 
-    /// Makes room for gradients: from now on its factors, which are f32, learn. It adds `scale` times B·A, of inputs a share `dropout` of which
-    /// is dropped by bits that `seed` tells from those of other additions.
-    pub fn learn(&mut self, ops: &dyn Ops, scale: f32, dropout: f32, seed: u64) -> Result<()> {
-        let gradient = |of: &Weight| ops.alloc(&[of.n(), of.k()], DType::F32);
-        let (d_a, d_b) = (gradient(&self.a)?, gradient(&self.b)?);
-        self.learning = Some(Learning { scale, dropout, seed, key: None, d_a, d_b });
+    /// From now on its factors, which are f32, learn. It adds `scale` times B·A, of inputs a share `dropout` of which is dropped by bits that
+    /// `seed` tells from those of other additions.
+    pub fn learn(&mut self, scale: f32, dropout: f32, seed: u64) {
+        self.learning = Some(Learning { scale, dropout, seed, key: None, factors: None });
+    }
+
+    /// Makes room for gradients, if it learns: products read its factors in `compute`.
+    pub fn train(&mut self, ops: &dyn Ops, compute: DType) -> Result<()> {
+        let Some(learning) = &mut self.learning else { return Ok(()) };
+        let begin = |of: &mut Weight| TrainedMatrix::begin(ops, &mut of.parts[0], compute);
+        learning.factors = Some([begin(&mut self.a)?, begin(&mut self.b)?]);
         Ok(())
     }
 
@@ -160,8 +165,10 @@ impl Lora {
             let dropped = learning.dropped(ops, x)?;
             let x = dropped.as_ref().unwrap_or(x);
             let hidden = learning.hidden(ops, &self.a, x)?;
-            ops.linear_dw(&mut learning.d_b, dy, self.b.first_col, &hidden)?;
-            ops.linear_dw(&mut learning.d_a, &d_hidden, 0, x)?;
+            if let Some([a, b]) = &mut learning.factors {
+                ops.linear_dw(&mut b.grad, dy, self.b.first_col, &hidden)?;
+                ops.linear_dw(&mut a.grad, &d_hidden, 0, x)?;
+            }
         }
         dx.map_or(Ok(()), |dx| self.add_input_gradient(ops, dx, &d_hidden))
     }
@@ -188,14 +195,9 @@ impl Lora {
 
     /// Shows its factors, if they learn, as modules of `name`.
     pub fn visit(&mut self, name: &str, visit: VisitParams<'_>) -> Result<()> {
-        let Some(learning) = &mut self.learning else { return Ok(()) };
-        let factors = [("lora_a", &mut self.a, &mut learning.d_a), ("lora_b", &mut self.b, &mut learning.d_b)];
-        for (factor, weight, grad) in factors {
-            let Matrix::Dense(tensor) = &mut weight.parts[0] else { unreachable!("made of a tensor") };
-            let value = Arc::get_mut(tensor).expect("a factor has one owner");
-            visit(Param { name: &format!("{name}.{factor}.weight"), value, grad })?;
-        }
-        Ok(())
+        let Some([a, b]) = self.learning.as_mut().and_then(|learning| learning.factors.as_mut()) else { return Ok(()) };
+        a.visit(&format!("{name}.lora_a.weight"), &mut self.a.parts[0], visit)?;
+        b.visit(&format!("{name}.lora_b.weight"), &mut self.b.parts[0], visit)
     }
 }
 

@@ -6,8 +6,8 @@ mod norm;
 mod param;
 mod rope;
 
-pub use linear::{Linear, LinearGrad, own_f32};
+pub use linear::{Linear, LinearGrad};
 pub use lora::{Lora, Scratch};
 pub use norm::{LayerNorm, RmsNorm};
-pub use param::{Param, VisitParams};
+pub use param::{Param, TrainedMatrix, VisitParams};
 pub use rope::{RopeScaling, rope_table};

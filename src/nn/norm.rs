@@ -38,7 +38,7 @@ impl RmsNorm {
     /// Shows its weight, if it is trained.
     pub fn visit(&mut self, name: &str, visit: VisitParams<'_>) -> Result<()> {
         let Some(grad) = &mut self.grad else { return Ok(()) };
-        visit(Param { name: &format!("{name}.weight"), value: &mut self.weight, grad })
+        visit(Param { name: &format!("{name}.weight"), value: &mut self.weight, grad, rounded: None })
     }
 }
 
@@ -76,7 +76,7 @@ impl LayerNorm {
     /// Shows its weight and bias, if they are trained.
     pub fn visit(&mut self, name: &str, visit: VisitParams<'_>) -> Result<()> {
         let Some([weight, bias]) = &mut self.grad else { return Ok(()) };
-        visit(Param { name: &format!("{name}.weight"), value: &mut self.weight, grad: weight })?;
-        visit(Param { name: &format!("{name}.bias"), value: &mut self.bias, grad: bias })
+        visit(Param { name: &format!("{name}.weight"), value: &mut self.weight, grad: weight, rounded: None })?;
+        visit(Param { name: &format!("{name}.bias"), value: &mut self.bias, grad: bias, rounded: None })
     }
 }

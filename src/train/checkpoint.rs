@@ -21,6 +21,7 @@ use sha2::{Digest, Sha256};
 
 use super::config::Config;
 use super::log;
+use super::loss_scale::LossScale;
 use super::optim::Optimizer;
 use super::sampler::Position;
 use crate::dtype::DType;
@@ -53,6 +54,9 @@ pub struct Place {
     pub position: Position,
     /// Steps that have moved parameters.
     pub n_updates: u64,
+    /// What the loss is multiplied by, in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
     /// Rows that were left out: number in the set, and what is wrong with each.
     pub bad_rows: Vec<(usize, String)>,
     /// What the rows of the run are known by: their order depends on all of them.
@@ -336,15 +340,17 @@ impl Found {
                     format!("`{name}` is {:?} {:?}, and this run needs F32 {:?}", view.dtype(), view.shape(), like.shape());
                 return Err(Error::file(&path, problem));
             }
-            ops.upload(Tensor::from_slice::<f32>(like.shape(), &bytemuck::pod_collect_to_vec(view.data())))
+            Ok(Tensor::from_slice::<f32>(like.shape(), &bytemuck::pod_collect_to_vec(view.data())))
         };
         let mut n_read = 0;
         optimizer.set_n_steps(self.place.n_updates);
-        model.visit_params(&mut |param| {
-            *param.value = read("param", param.name, param.value)?;
+        optimizer.set_loss_scale(self.place.loss_scale);
+        model.visit_params(&mut |mut param| {
+            param.set(ops, read("param", param.name, param.value)?)?;
             n_read += 1;
             if self.place.n_updates > 0 {
-                let moments = [read("m", param.name, param.value)?, read("v", param.name, param.value)?];
+                let [m, v] = [read("m", param.name, param.value)?, read("v", param.name, param.value)?];
+                let moments = [ops.upload(m)?, ops.upload(v)?];
                 optimizer.set_moments(param.name, moments);
                 n_read += 2;
             }

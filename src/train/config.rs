@@ -17,6 +17,7 @@ use setting::{FromFlag, one_line};
 
 use super::sampler::Grouping;
 use super::schedule::Decay;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::text::Template;
 
@@ -73,7 +74,7 @@ choice! {
         F32
         /// 16 bits with the range of 32; the weights that learn are kept in f32 as well.
         Bf16
-        /// 16 bits, the loss scaled up.
+        /// 16 bits of more precision and less range, so that the loss is scaled; else as bf16.
         F16
 }
 choice! {
@@ -93,6 +94,17 @@ choice! {
         Pad
         /// Their middle is cut out.
         Square
+}
+
+impl Precision {
+    /// Number format in which products read weights that learn; on a GPU, of all matrices, activations and their gradients.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::Bf16,
+            Self::F16 => DType::F16,
+        }
+    }
 }
 
 macro_rules! config {
@@ -192,9 +204,9 @@ config! {
     grouping: Grouping = Grouping::Modality;
     /// Tokens of a packed batch; as many as the longest row if 0
     pack_tokens: u64 = 0;
-    /// What it computes in: f32, bf16 or f16
+    /// What it computes in: f32, bf16 or f16 (with a loss scale). Weights that learn are kept in f32 as well, for their steps. A CPU takes it for these alone: others stay as they are stored, and activations are f32
     dtype: Precision = Precision::Bf16;
-    /// Which activations are computed twice instead of being kept: none, selective or full
+    /// Which activations are computed twice instead of being kept: none, selective (norms and activation functions) or full (layers)
     recompute: Recompute = Recompute::Full;
     /// Seed of the order of rows, of random weights, of LoRA's beginnings and of what is dropped
     seed: u64 = 42;

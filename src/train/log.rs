@@ -114,7 +114,7 @@ fn line(row: &Row, path: &Path) -> Result<String> {
 }
 
 fn tell(events: &mut EventFile, row: &Row) -> io::Result<()> {
-    let Step { step, loss, lr, grad_norm, n_tokens, ms, .. } = &row.step;
+    let Step { step, loss, lr, grad_norm, loss_scale, n_tokens, ms, .. } = &row.step;
     let speed = *n_tokens as f64 / ms * 1e3;
     let mut values = vec![
         ("train/loss", *loss),
@@ -122,6 +122,7 @@ fn tell(events: &mut EventFile, row: &Row) -> io::Result<()> {
         ("train/grad_norm", *grad_norm),
         ("train/tokens_per_second", speed),
     ];
+    values.extend(loss_scale.map(|scale| ("train/loss_scale", f64::from(scale))));
     values.extend(row.mfu.map(|mfu| ("train/mfu", mfu)));
     values.extend(row.eval_loss.map(|loss| ("eval/loss", loss)));
     events.scalars(*step, row.time, &values)

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::config::{Config, Tune, TuneVision};
+use super::run::learns_whole;
 use crate::error::{Error, Result};
 use crate::model::Llava;
 use crate::model::checkpoint::{Checkpoint, Layout};
@@ -65,6 +66,10 @@ impl Source for Fresh<'_> {
 
     fn packed(&self, module: &str, n: usize, k: usize) -> Result<Option<Packed>> {
         self.base.packed(module, n, k)
+    }
+
+    fn learns(&self, canonical: &str) -> bool {
+        learns_whole(self.config, canonical)
     }
 
     /// A as PEFT begins it, by Kaiming's rule with a = √5, which comes to U(−1/√k, 1/√k); B = 0.

@@ -9,6 +9,7 @@ pub mod data;
 pub mod flops;
 pub mod log;
 pub mod lora;
+pub mod loss_scale;
 pub mod mask;
 pub mod optim;
 pub mod plan;

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::config::Config;
+use super::config::{Config, Precision};
+use super::loss_scale::LossScale;
 use crate::error::{Error, Result};
 use crate::model::Llava;
 use crate::ops::grad::{AdamW, GradOps};
@@ -15,6 +16,8 @@ const NORM_EPS: f64 = 1e-6;
 pub struct Optimizer {
     moments: BTreeMap<String, Moments>,
     n_steps: u64,
+    /// In f16.
+    loss_scale: Option<LossScale>,
     lr: f64,
     projector_lr: f64,
     vision_lr: f64,
@@ -37,6 +40,7 @@ impl Optimizer {
         Self {
             moments: BTreeMap::new(),
             n_steps: 0,
+            loss_scale: (config.dtype == Precision::F16).then(LossScale::default),
             lr: config.lr,
             projector_lr: config.projector_lr.unwrap_or(config.lr),
             vision_lr: config.vision_lr.unwrap_or(config.lr),
@@ -50,9 +54,12 @@ impl Optimizer {
     /// One step along the gradients of `model`, which are zero afterwards; learning rates are `factor` times those of the run
     /// ([`Schedule::factor`](super::schedule::Schedule::factor)). Returns the norm of all gradients before they were cut down.
     ///
+    /// In f16 gradients are those of [`Optimizer::loss_scale`] times the loss. Where one of them is not finite, the scale falls, and that is all:
+    /// there is no norm then.
+    ///
     /// # Errors
-    /// If a gradient is not finite: its parameter is named, and none has been changed.
-    pub fn step(&mut self, ops: &dyn GradOps, model: &mut Llava, factor: f64) -> Result<f64> {
+    /// If a gradient is not finite, and no scale is to blame: its parameter is named, and none has been changed.
+    pub fn step(&mut self, ops: &dyn GradOps, model: &mut Llava, factor: f64) -> Result<Option<f64>> {
         let (mut square, mut not_finite) = (0.0, None);
         model.visit_params(&mut |param| {
             let of_param = ops.sq_norm(&[param.grad])?;
@@ -63,10 +70,21 @@ impl Optimizer {
             square += of_param;
             Ok(())
         })?;
+        let is_finite = not_finite.is_none();
+        let scale = f64::from(self.loss_scale.map_or(1.0, |scale| scale.value()));
         if let Some(place) = not_finite {
-            return Err(Error::Check { place, problem: "its gradient is not finite: take a lower learning rate".to_owned() });
+            if scale <= 1.0 {
+                return Err(Error::Check { place, problem: "its gradient is not finite: take a lower learning rate".to_owned() });
+            }
+            model.visit_params(&mut |param| ops.clear(param.grad))?;
         }
-        let norm = square.sqrt();
+        if let Some(loss_scale) = &mut self.loss_scale {
+            loss_scale.update(is_finite);
+        }
+        if !is_finite {
+            return Ok(None);
+        }
+        let norm = square.sqrt() / scale;
         let is_cut = self.max_grad_norm > 0.0;
         let grad_scale = if is_cut { (self.max_grad_norm / (norm + NORM_EPS)).min(1.0) } else { 1.0 };
         self.n_steps += 1;
@@ -78,17 +96,17 @@ impl Optimizer {
                 eps: self.eps,
                 weight_decay: if decays(param.name) { self.weight_decay } else { 0.0 },
                 step: self.n_steps,
-                grad_scale,
+                grad_scale: grad_scale / scale,
             };
             if !self.moments.contains_key(param.name) {
                 let zeros = || ops.alloc(param.value.shape(), param.value.dtype());
                 self.moments.insert(param.name.to_owned(), Moments { m: zeros()?, v: zeros()? });
             }
             let Moments { m, v } = self.moments.get_mut(param.name).expect("it was just made");
-            ops.adamw(param.value, m, v, param.grad, None, &options)?;
+            ops.adamw(param.value, m, v, param.grad, param.rounded, &options)?;
             ops.clear(param.grad)
         })?;
-        Ok(norm)
+        Ok(Some(norm))
     }
 
     /// First and second moment of the parameter `name`; none before its first step.
@@ -109,6 +127,16 @@ impl Optimizer {
     /// Says how many steps were made before.
     pub fn set_n_steps(&mut self, n_steps: u64) {
         self.n_steps = n_steps;
+    }
+
+    /// What the loss is to be multiplied by before gradients are made of it, with what it follows from; none if by nothing.
+    pub fn loss_scale(&self) -> Option<LossScale> {
+        self.loss_scale
+    }
+
+    /// Goes on with the scale of a run that was stopped.
+    pub fn set_loss_scale(&mut self, loss_scale: Option<LossScale>) {
+        self.loss_scale = loss_scale;
     }
 
     fn lr_of(&self, name: &str) -> f64 {

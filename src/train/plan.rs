@@ -6,7 +6,7 @@ use super::flops::{Size, model_flops};
 use super::lora;
 use super::mask::Masker;
 use super::rows::{Rows, lengths};
-use super::run::{course, rows_at_once, supported, trained_whole};
+use super::run::{course, learns_whole, passes, rows_at_once, trained_whole};
 use crate::data::Row;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -51,7 +51,7 @@ impl Plan {
         if !config.has_lora() {
             checkpoint.expect_unpacked()?;
         }
-        let (trained, recompute) = supported(config)?;
+        let (trained, recompute) = passes(config);
         let (whole, n_added) = (trained_whole(config), lora::n_added(config, &checkpoint.config));
         let (mut rows, mut eval_rows) = Rows::split(config, data, max_bad)?;
         let laid_out = laid_out(masker, &mut rows)?;
@@ -113,21 +113,23 @@ impl Plan {
         recompute: Recompute,
         n_pixels: usize,
     ) -> Result<()> {
-        let (config, whole) = (&checkpoint.config, trained_whole(settings));
-        let (mut frozen, mut n_trained) = (0, self.n_trained);
+        let config = &checkpoint.config;
+        let (mut frozen, mut n_trained, mut n_rounded) = (0, self.n_trained, self.n_trained);
         for entry in checkpoint.weights.entries() {
             let Some(name) = entry.canonical.filter(|name| is_run(name, config)) else { continue };
-            let learns = match name.split('.').next() {
-                Some("clip") => whole.vision,
-                Some("projector") => whole.projector,
-                _ => whole.decoder,
-            };
-            if learns { n_trained += entry.parameters } else { frozen += entry.bytes }
+            if !learns_whole(settings, &name) {
+                frozen += entry.bytes;
+                continue;
+            }
+            n_trained += entry.parameters;
+            if is_rounded(&name, &entry.shape) {
+                n_rounded += entry.parameters;
+            }
         }
         self.n_trained = n_trained;
         let [n_tokens, n_images] = self.largest_batch;
         let (v, t) = (&config.vision, &config.text);
-        let float = DType::F32.size();
+        let (float, compute) = (DType::F32.size(), settings.dtype.dtype());
         let n_features = n_images * config.tokens_per_image();
         let n_projected = match &config.projector {
             // Inputs and outputs of its layers, and of the activations between them; three gradients at a time.
@@ -148,8 +150,10 @@ impl Plan {
         self.memory = vec![
             ("weights that do not learn, mapped", frozen),
             ("weights that learn, f32", n_trained * float),
+            ("their matrices in 16 bits", if compute == DType::F32 { 0 } else { n_rounded * compute.size() }),
             ("their gradients", n_trained * float),
             ("their moments", 2 * n_trained * float),
+            ("an adapter, while it is written", if settings.has_lora() { n_trained * float } else { 0 }),
             ("activations", Counted::bytes(DType::F32, |room| Tape::plan(room, config, trained, n_tokens, n_images, recompute))?),
             ("vision tower and projector", tower + n_features * (v.hidden_size + n_projected) * float),
             ("pictures", n_pixels * CHANNELS + n_images * CHANNELS * v.image_size.pow(2) * float),
@@ -163,6 +167,11 @@ impl Plan {
 fn is_run(name: &str, config: &LlavaConfig) -> bool {
     let layer = name.strip_prefix("clip.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
     layer.is_none_or(|layer| layer < config.n_vision_layers)
+}
+
+/// Whether products read it: all that learns but vectors, and the table of the tower's positions.
+fn is_rounded(name: &str, shape: &[usize]) -> bool {
+    shape.len() > 1 && name != "clip.position_embedding.weight"
 }
 
 /// Each row; one that cannot be used has no tokens.

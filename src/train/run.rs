@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::checkpoint::{self, Place};
 
-use super::config::{AspectRatio, Config, Precision, Tune, TuneVision};
+use super::config::{AspectRatio, Config, Tune, TuneVision};
 use super::data::Dataset;
 use super::flops::{Size, model_flops};
 use super::lora;
@@ -26,7 +26,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::{Llava, Recompute, Tape, Trained, save};
 use crate::ops::GradOps;
 use crate::tensor::Tensor;
-use crate::weights::names::Dialect;
+use crate::weights::names::{Dialect, Part};
 use crate::weights::torch_write;
 
 /// A model that is being trained, and what it is trained by.
@@ -64,8 +64,14 @@ pub struct Step {
     pub loss: f64,
     /// Learning rate of it.
     pub lr: f64,
-    /// Norm of all gradients before they were cut down.
+    /// Norm of all gradients before they were cut down; 0 if the step was skipped.
     pub grad_norm: f64,
+    /// What the loss was multiplied by, in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f32>,
+    /// Whether that was too much for gradients, so that nothing was learned.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_skipped: bool,
     /// Positions, those of pictures among them.
     pub n_tokens: usize,
     /// Tokens that were learned.
@@ -77,10 +83,10 @@ pub struct Step {
 }
 
 impl<'a> Trainer<'a> {
-    /// Loads the model onto a device that computes in f32; `max_bad_rows` rows that cannot be used are left out, one more is an error. As many of those to evaluate by.
+    /// Loads the model onto a device that was opened for the dtype of the settings; `max_bad_rows` rows that cannot be used are left out, one more is an error. As many of those to evaluate by.
     ///
     /// # Errors
-    /// If the settings ask for what this version cannot do, by name; if the model cannot be loaded or trained; if there is nothing to do.
+    /// If the model cannot be loaded, or not be trained so; if there is nothing to do.
     pub fn new(
         config: &'a Config,
         checkpoint: &'a Checkpoint,
@@ -92,14 +98,14 @@ impl<'a> Trainer<'a> {
         if !config.has_lora() {
             checkpoint.expect_unpacked()?;
         }
-        let (trained, recompute) = supported(config)?;
+        let (trained, recompute) = passes(config);
         let of_rows = checkpoint::fingerprint(data.hashes());
         let (mut rows, mut eval_rows) = Rows::split(config, data, max_bad_rows)?;
         eval_rows.as_mut().map_or(Ok(()), |rows| rows.check(&masker))?;
         let lengths = lengths(config, &masker, &mut rows)?;
         let (sampler, n_steps) = course(config, lengths)?;
         let mut model = lora::load(&*ops, config, checkpoint)?;
-        model.train(&*ops, trained_whole(config))?;
+        model.train(&*ops, trained_whole(config), config.dtype.dtype())?;
         let mut preprocess = checkpoint.config.preprocess.clone();
         match config.image_aspect_ratio {
             Some(AspectRatio::Pad) => preprocess.fit = Fit::Pad,
@@ -137,12 +143,12 @@ impl<'a> Trainer<'a> {
         (self.n_done, self.n_steps)
     }
 
-    /// The most that the device does at a time, measured now, in TFLOP a ms; NaN if it has no measure.
+    /// The most that the device does at a time in the run's dtype, measured now, in TFLOP a ms; NaN if it has no measure.
     ///
     /// # Errors
     /// If the device fails.
     pub fn measure_peak(&self) -> Result<f64> {
-        Ok(self.ops.measure_peaks()?.limit_gflops(DType::F32).map_or(f64::NAN, |gflops| gflops / 1e6))
+        Ok(self.ops.measure_peaks()?.limit_gflops(self.config.dtype.dtype()).map_or(f64::NAN, |gflops| gflops / 1e6))
     }
 
     /// Writes a checkpoint of the step that was just made into the folder `output`.
@@ -156,6 +162,7 @@ impl<'a> Trainer<'a> {
             n_steps: self.n_steps,
             position: self.sampler.position(),
             n_updates: self.optimizer.n_steps(),
+            loss_scale: self.optimizer.loss_scale(),
             bad_rows: self.rows.bad.clone(),
             rows,
             model,
@@ -207,6 +214,8 @@ impl<'a> Trainer<'a> {
             loss: 0.0,
             lr: self.lr() * self.schedule.factor(self.n_done),
             grad_norm: 0.0,
+            loss_scale: self.loss_scale(),
+            is_skipped: false,
             n_tokens: 0,
             n_learned: 0,
             tflop: 0.0,
@@ -242,7 +251,8 @@ impl<'a> Trainer<'a> {
         // Where no row could be used there are no gradients, and moments alone would move the parameters.
         if done.n_learned > 0 {
             let updated = self.optimizer.step(&*self.ops, &mut self.model, self.schedule.factor(self.n_done));
-            done.grad_norm = updated.map_err(|e| e.within(format_args!("step {}", done.step)))?;
+            let norm = updated.map_err(|e| e.within(format_args!("step {}", done.step)))?;
+            (done.grad_norm, done.is_skipped) = (norm.unwrap_or(0.0), norm.is_none());
         }
         Ok(())
     }
@@ -250,6 +260,11 @@ impl<'a> Trainer<'a> {
     /// The learning rate of what learns the most: the decoder, or else the projector.
     fn lr(&self) -> f64 {
         if self.trained.decoder { self.config.lr } else { self.config.projector_lr.unwrap_or(self.config.lr) }
+    }
+
+    /// What the loss is multiplied by before gradients are made of it, in f16.
+    fn loss_scale(&self) -> Option<f32> {
+        self.optimizer.loss_scale().map(|scale| scale.value())
     }
 
     /// What is wrong with each row that was left out so far, in the order in which they were met.
@@ -322,7 +337,8 @@ impl<'a> Trainer<'a> {
         let pixels = self.prepare(&loaded)?;
         let tape = self.tape.as_mut().expect("it was just prepared");
         let scale = 1.0 / (n_learned * n_batches) as f64;
-        let sum = self.model.gradients(&*self.ops, tape, pixels.as_ref(), &loaded.batch(), scale as f32)?;
+        let of_gradients = scale * f64::from(done.loss_scale.unwrap_or(1.0));
+        let sum = self.model.gradients(&*self.ops, tape, pixels.as_ref(), &loaded.batch(), of_gradients as f32)?;
         done.loss += sum * scale;
         done.n_tokens += loaded.slots.len();
         done.n_learned += n_learned;
@@ -411,26 +427,29 @@ fn of_model(checkpoint: &Checkpoint) -> Result<String> {
     Ok(checkpoint::fingerprint(pages))
 }
 
-/// Settings that this version has no code for.
-fn refuse<T>(what: &str, instead: &str) -> Result<T> {
-    Err(Error::Unsupported(format!("{what} is not there yet: take {instead}")))
-}
-
 /// What learns by itself, not by additions of low rank.
 pub(super) fn trained_whole(config: &Config) -> Trained {
     Trained { vision: config.tune_vision == TuneVision::Full, projector: true, decoder: config.tune == Tune::Full }
 }
 
-/// What is to be trained and what is computed again, if this version can do what the settings ask for.
-pub(super) fn supported(config: &Config) -> Result<(Trained, Recompute)> {
-    let (vision, decoder) = (config.tune_vision != TuneVision::Off, config.tune != Tune::Projector);
-    if config.dtype != Precision::F32 {
-        return refuse("training in 16 bits", "dtype = \"f32\"");
+/// Whether the tensor of this canonical name learns by itself.
+pub(super) fn learns_whole(config: &Config, canonical: &str) -> bool {
+    let Trained { vision, projector, decoder } = trained_whole(config);
+    match Part::of(canonical) {
+        Some(Part::Clip) => vision,
+        Some(Part::Projector) => projector,
+        Some(Part::Llama) => decoder,
+        None => false,
     }
+}
+
+/// What gradients are made of, and what is computed again for them.
+pub(super) fn passes(config: &Config) -> (Trained, Recompute) {
+    let (vision, decoder) = (config.tune_vision != TuneVision::Off, config.tune != Tune::Projector);
     let recompute = match config.recompute {
-        super::config::Recompute::None => return refuse("recompute = \"none\"", "recompute = \"selective\""),
+        super::config::Recompute::None => Recompute::None,
         super::config::Recompute::Selective => Recompute::Selective,
         super::config::Recompute::Full => Recompute::Full,
     };
-    Ok((Trained { vision, projector: true, decoder }, recompute))
+    (Trained { vision, projector: true, decoder }, recompute)
 }

@@ -141,6 +141,11 @@ pub trait Source {
     fn low_rank(&self, _module: &str, _n: usize, _k: usize) -> Result<Option<LowRank>> {
         Ok(None)
     }
+
+    /// Whether the tensor of this canonical name is going to be trained.
+    fn learns(&self, _canonical: &str) -> bool {
+        false
+    }
 }
 
 /// A low-rank addition to a matrix `[n, k]`: scale·B·A.

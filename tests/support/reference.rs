@@ -65,12 +65,17 @@ impl Reference {
     }
 }
 
-/// Fails if a gradient is further from the reference's than 1e-4 of the length of that: ‖got − expected‖ / ‖expected‖.
-pub fn assert_gradient(what: &str, got: &[f32], expected: &[f32]) {
-    const ERROR: f64 = 1e-4;
-    assert_eq!(got.len(), expected.len(), "{what}");
+/// How far a gradient is from the reference's, as a share of the length of that: ‖got − expected‖ / ‖expected‖.
+pub fn distance(got: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(got.len(), expected.len());
     let length = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    let error = length(&mut got.iter().zip(expected).map(|(g, e)| f64::from(*g) - f64::from(*e)));
     let of = length(&mut expected.iter().map(|e| f64::from(*e)));
-    assert!(of > 0.0 && error <= ERROR * of, "{what}: the gradient is off by {} of its length", error / of);
+    assert!(of > 0.0, "the reference is zero");
+    length(&mut got.iter().zip(expected).map(|(g, e)| f64::from(*g) - f64::from(*e))) / of
+}
+
+/// Fails if it is further than 1e-4.
+pub fn assert_gradient(what: &str, got: &[f32], expected: &[f32]) {
+    let error = distance(got, expected);
+    assert!(error <= 1e-4, "{what}: the gradient is off by {error} of its length");
 }

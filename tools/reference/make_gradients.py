@@ -33,8 +33,18 @@ def sum_of_losses(model, ids, learned, pixels) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")[learned[1:]].sum()
 
 
-def train(model, sequences) -> list[float]:
-    """The mean loss before each of STEPS steps on the same batch, all of the model trained, the parts at rates of their own."""
+def joined(model) -> dict[str, torch.Tensor]:
+    """Gradients by the engine's names."""
+    grads = {canonical(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for q in [n for n in grads if n.endswith("q_proj.bias")]:
+        names = [q.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+        grads["+".join(n.removesuffix(".bias") for n in names) + ".bias"] = torch.cat([grads.pop(n) for n in names])
+    return grads
+
+
+def train(model, sequences, dtype: torch.dtype | None = None, scaler: torch.amp.GradScaler | None = None) -> list[float]:
+    """The mean loss before each of STEPS steps on the same batch, all of the model trained, the parts at rates of their own; under autocast to
+    `dtype`, the loss scaled by `scaler`, if there are any."""
     groups = {}
     for name, param in model.named_parameters():
         name = canonical(name)
@@ -49,11 +59,18 @@ def train(model, sequences) -> list[float]:
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss = sum(sum_of_losses(model, *sequence) for sequence in sequences) / n_learned
-        loss.backward()
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = sum(sum_of_losses(model, *sequence) for sequence in sequences) / n_learned
+        (scaler.scale(loss) if scaler else loss).backward()
         losses.append(loss.item())
+        if scaler:
+            scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        optimizer.step()
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
         scheduler.step()
     return losses
 
@@ -83,11 +100,7 @@ def make(name: str) -> None:
     (loss * SCALE).backward()
     out["loss"], out["scale"] = loss.detach().float().reshape(1), torch.tensor([SCALE])
     out["image_token_id"] = torch.tensor([config.image_token_id]).int()
-    grads = {canonical(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
-    for q in [n for n in grads if n.endswith("q_proj.bias")]:
-        names = [q.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-        grads["+".join(n.removesuffix(".bias") for n in names) + ".bias"] = torch.cat([grads.pop(n) for n in names])
-    out |= {"grad." + n: g.float().contiguous() for n, g in grads.items()}
+    out |= {"grad." + n: g.float().contiguous() for n, g in joined(model).items()}
     out["losses"] = torch.tensor(train(model, sequences)).float()
     (FIXTURES / "gradients").mkdir(exist_ok=True)
     save_file(out, FIXTURES / "gradients" / f"{name}.safetensors")
