@@ -1,22 +1,31 @@
-"""Write an evaluation set (picture files with LLaVA JSON), or one scene.
+"""Write rows with their picture files, as LLaVA JSON: to train by, or to evaluate by; or one scene.
 
+    python make_data.py patches --out data/patches --count 12000       # also pairs, drills, talk
     python make_data.py eval --out eval --count 300
     python make_data.py scene --out scene.png --first-seed 1 --width 448 --height 336
 """
 
 import argparse
 import json
+import random
+from functools import partial
+from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from scenes import conversation, render, sample_scene
+import lessons
+from scenes import TRAINING_WEIGHTS, conversation, render, sample_scene
 
 IMAGE_SIZE = 112
+PATCH_SIZE = 14
+N_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 PAD_COLOUR = (122, 116, 104)  # LLaVA-1.5's pad to square: int(255 * CLIP mean)
 
-# Training scenes have seeds from 0 on (those without text from 500,000,000); evaluation scenes start here.
+PAD_SHARE = 0.25  # pictures padded to square (original profile); the others are cropped (hf profile)
+
+# Training scenes have seeds from 0 on (those of lessons from 500,000,000); evaluation scenes start here.
 EVAL_SEED = 1_000_000_000
 
 
@@ -32,6 +41,51 @@ def model_input(image, pad):
     image = image.resize((int(IMAGE_SIZE * w / short), int(IMAGE_SIZE * h / short)), Image.BICUBIC)
     left, top = (image.width - IMAGE_SIZE) // 2, (image.height - IMAGE_SIZE) // 2
     return np.asarray(image.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE)))
+
+
+LESSON_SEED = 500_000_000
+
+
+def training_rows(what, folder, turns, i):
+    """The rows of picture `i`, which is written as the model sees it."""
+    rng = random.Random(f"{what} {i}")
+    pad = rng.random() < PAD_SHARE
+    crowded = what in ("patches", "pairs") or (what == "drills" and i % 2 == 0)
+    seed = i if what == "talk" else LESSON_SEED + i
+    scene = sample_scene(seed, crowded=crowded)
+    while what == "drills" and crowded and len(scene.objects) > 6:  # or few words would name one alone
+        scene = sample_scene(rng.randrange(LESSON_SEED, EVAL_SEED), crowded=True)
+    name = f"{what}/{i}.png"
+    Image.fromarray(model_input(render(scene), pad)).save(folder / f"{i}.png", compress_level=3)
+    if what == "talk":
+        talk = [(question, answer) for _, question, answer in conversation(scene, seed, turns, weights=TRAINING_WEIGHTS)]
+        rows = [talk]
+        if i % 4 == 1:
+            # llava-hf's chat template has a space, and no "</s>", between turns: such a row has them in its one question
+            last = rng.randrange(1, min(4, turns))
+            rows.append([(" USER: ".join(f"{q} ASSISTANT: {a}" for q, a in talk[:last]) + f" USER: {talk[last][0]}", talk[last][1])])
+    elif what == "pairs":
+        rows = [lessons.pairs(scene, rng) + lessons.pairs(scene, rng)]
+    else:
+        rows = [lessons.drills(scene, rng, turns, crowded)] if what == "drills" else []
+    # What patches show is not to be forgotten.
+    if what == "patches" or i % 4 == 0:
+        rows.append(lessons.patches(scene, pad, crowded))
+    return [{"id": f"{name} {k}", "image": name, "conversations": said(row)} for k, row in enumerate(rows)]
+
+
+def said(turns):
+    """Questions and answers as LLaVA's rows have them, the picture before the first."""
+    mark = ["<image>\n"] + [""] * (len(turns) - 1)
+    return [part for m, (q, a) in zip(mark, turns) for part in ({"from": "human", "value": m + q}, {"from": "gpt", "value": a})]
+
+
+def write_training(what, folder, count, turns, first):
+    """Pictures and `rows.json`, in which their paths begin at the folder above."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with Pool() as pool:
+        rows = pool.map(partial(training_rows, what, folder, turns), range(first, first + count), chunksize=50)
+    (folder / "rows.json").write_text(json.dumps([row for some in rows for row in some]))
 
 
 def write_eval(folder, count, turns, first_seed, side=None):
@@ -51,30 +105,30 @@ def write_eval(folder, count, turns, first_seed, side=None):
         # PNG where the scene has had its JPEG loss already, or noise would make it large
         name = f"{i:04d}.jpg" if i % 2 or (side and scene.background == "noisy") else f"{i:04d}.png"
         image.save(folder / name, **({"quality": 90} if name.endswith("jpg") else {"optimize": True}))
-        turns_out, types = [], []
-        for k, (kind, question, answer) in enumerate(conversation(scene, scene.seed, turns)):
-            turns_out.append({"from": "human", "value": ("<image>\n" if k == 0 else "") + question})
-            turns_out.append({"from": "gpt", "value": answer})
-            types.append(kind)
-        rows.append({"id": str(scene.seed), "image": name, "conversations": turns_out, "types": types})
+        talk = conversation(scene, scene.seed, turns)
+        types = [kind for kind, _, _ in talk]
+        rows.append({"id": str(scene.seed), "image": name, "conversations": said([(q, a) for _, q, a in talk]), "types": types})
     (folder / "questions.json").write_text(json.dumps(rows, indent=1))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["eval", "scene"])
+    parser.add_argument("what", choices=["patches", "pairs", "drills", "talk", "eval", "scene"])
     parser.add_argument("--out", required=True)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--first-seed", type=int, default=EVAL_SEED)
+    parser.add_argument("--first-seed", type=int, help="0 to train by, 1,000,000,000 to evaluate by if absent")
     parser.add_argument("--side", type=int, help="longer side of the written pictures; absent: as sampled")
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
     args = parser.parse_args()
+    first = args.first_seed if args.first_seed is not None else EVAL_SEED if args.what in ("eval", "scene") else 0
     if args.what == "scene":
-        render(sample_scene(args.first_seed, args.width, args.height)).save(args.out, optimize=True)
+        render(sample_scene(first, args.width, args.height)).save(args.out, optimize=True)
+    elif args.what == "eval":
+        write_eval(args.out, args.count, args.turns, first, args.side)
     else:
-        write_eval(args.out, args.count, args.turns, args.first_seed, args.side)
+        write_training(args.what, Path(args.out), args.count, args.turns, first)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from tokenizer import build as build_tokenizer
 # More rows than the tokenizer has tokens, as in llava-hf's checkpoints (64 | rows).
 VOCAB_SIZE = 768
 CONTEXT = 1024
+# About 128^-1/2. With 0.02, meant for thousands of columns, queries and keys start so small that attention stays even for hundreds of steps.
+INITIALIZER_RANGE = 0.08
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 # llava-1.5-hf's own template (its `generation` marks, which only training uses, left out)
@@ -43,6 +45,7 @@ def configs(tokenizer):
             "head_dim": 32,
             "hidden_act": "silu",
             "hidden_size": 128,
+            "initializer_range": INITIALIZER_RANGE,
             "intermediate_size": 384,
             "max_position_embeddings": CONTEXT,
             "mlp_bias": False,
