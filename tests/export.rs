@@ -452,6 +452,14 @@ fn chat_templates_are_those_of_the_conversation() {
             assert_eq!(rendered.n_images(), 3);
         }
     }
+    // One that comes with the checkpoint goes there and back; what a killed export left is in nobody's way.
+    let (dir, demo) = (tempfile::tempdir().unwrap(), support::root().join("models/demo"));
+    let [there, back] = ["llava-v1", "back"].map(|name| dir.path().join(name));
+    exported(&demo, &there, Target::Original);
+    fs::create_dir_all(back.join(".partial/x")).unwrap();
+    exported(&there, &back, Target::Hf);
+    let own = |folder: &Path| Checkpoint::open(folder, None).unwrap().chat_template.unwrap();
+    assert_eq!(own(&back), own(&demo));
     let others = ["v1_mmtag", "v0", "default", "v0_mmtag", "llava_llama_2", "llama_2", "mistral_instruct", "plain", "v0_plain"];
     assert_eq!(without, others);
 }

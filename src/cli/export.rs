@@ -17,7 +17,7 @@ use super::common;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   llava-engine export --model liuhaotian/llava-v1.5-7b --to hf --output llava-7b-hf
-  llava-engine export --model tuned --to original --output llava-tuned --dtype f16")]
+  llava-engine export --model tuned --to original --output llava-v1.5-tuned --dtype f16")]
 pub struct Args {
     /// Checkpoint folder or Hugging Face hub id; the demo model if absent
     #[arg(long, short, env = "LLAVA_MODEL", alias = "model-path", value_name = "PATH|HF_ID")]

@@ -131,6 +131,15 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let model = args.model.clone().map_or_else(common::demo_model, Ok)?;
     let folder = resolve(&model.to_string_lossy())?;
     let beside = Beside { model_base: args.model_base.as_deref(), mmproj: None };
+    if let (Init::Random, Some(output)) = (config.init, output) {
+        // What needs no weights comes before they are drawn.
+        if args.resume && output.join(result_name(&config)).exists() {
+            return complete(args, output);
+        }
+        if !args.resume && output.exists() {
+            save::new_folder(output)?;
+        }
+    }
     // Weights that are drawn need a file for as long as the run takes; one that goes on draws the same again.
     let start =
         (config.init == Init::Random).then(tempfile::tempdir).transpose().map_err(|e| Error::io(std::env::temp_dir(), e))?;
@@ -286,9 +295,10 @@ fn steps(args: &Args, config: &Config, trainer: &mut Trainer<'_>, log: &mut Log,
     let say = |row: &str| eprintln!("llava-engine: left out: {}", common::one_line(row));
     // Those that the run knew when it was stopped have been named.
     let mut n_bad = if trainer.progress().0 > 0 { trainer.bad_rows().count() } else { 0 };
-    let (mut n_bad_eval, mut peak) = (0, None);
+    let (mut n_bad_eval, mut peak, mut n_skipped) = (0, None, 0);
     while !stop.load(Ordering::Relaxed) {
         let Some(step) = trainer.step()? else { break };
+        n_skipped += usize::from(step.is_skipped);
         trainer.bad_rows().skip(n_bad).for_each(say);
         n_bad = trainer.bad_rows().count();
         // Measuring takes a second or two.
@@ -311,6 +321,9 @@ fn steps(args: &Args, config: &Config, trainer: &mut Trainer<'_>, log: &mut Log,
         if !is_last && config.save_steps > 0 && n.is_multiple_of(config.save_steps) {
             trainer.checkpoint(output)?;
         }
+    }
+    if n_skipped > 0 {
+        eprintln!("llava-engine: {n_skipped} steps taught nothing: their gradients were beyond f16 (--dtype bf16 has the range)");
     }
     Ok(())
 }

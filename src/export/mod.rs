@@ -20,7 +20,7 @@ use crate::image::{Fit, Preprocess};
 use crate::model::Llava;
 use crate::model::checkpoint::{Checkpoint, Layout};
 use crate::model::config::{ClipConfig, LlavaConfig, ProjectorConfig};
-use crate::model::save;
+use crate::model::save::{self, TOWER};
 use crate::nn::RopeScaling;
 use crate::ops::Packed;
 use crate::tensor::Tensor;
@@ -33,10 +33,10 @@ use crate::weights::{Entry, Source, Store, files};
 pub const SHARD_BYTES: usize = 5_000_000_000;
 /// llava-hf's vocabularies have a multiple of so many rows.
 const ROWS_MULTIPLE: usize = 64;
-/// The folder of a vision tower that no hub id stands for.
-const TOWER: &str = "vision_tower";
 /// Where a checkpoint lies until it is whole, within the folder that it will fill.
 const STAGE: &str = ".partial";
+/// The template of a name that hints at none, as LLaVA's own code has it.
+const FALLBACK: &str = "llava_v0";
 
 /// A layout to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +101,11 @@ pub fn export(model: &Path, checkpoint: &Checkpoint, output: &Path, options: &Op
         }
         Target::Original => text::export::for_original(&checkpoint.tokenizer_dir, is_hf, checkpoint.chat_template.as_deref())?,
     };
+    // All that a killed export leaves.
+    if output.is_dir() && files::list(output)? == [STAGE] {
+        let left = output.join(STAGE);
+        fs::remove_dir_all(&left).map_err(|e| Error::io(&left, e))?;
+    }
     save::new_folder(output)?;
     let stage = Stage::new(output)?;
     let put = |(name, bytes): (&str, Vec<u8>)| write::write_whole(&stage.folder.join(name), &bytes);
@@ -175,22 +180,29 @@ fn rows(before: usize, n_ids: usize, to: Target, is_hf: bool) -> usize {
     }
 }
 
-/// The Jinja source for llava-hf: the checkpoint's own if it is one, else the conversation template that the engine would ask it by.
+/// The Jinja source for llava-hf: the one that is named, else the checkpoint's own if it knows of pictures, else what the checkpoint's files and
+/// name say.
 fn chat_template(checkpoint: &Checkpoint, options: &Options, notes: &mut Vec<String>) -> Result<Option<String>> {
     let own = checkpoint.chat_template.as_deref();
     let template = match options.template {
         Some(name) => text::Template::by_name(name)?,
-        None if matches!(checkpoint.layout, Layout::Hf { .. }) => return Ok(own.map(str::to_owned)),
+        // One of a language model alone cannot place them.
+        None if own.is_some_and(|own| own.contains("image")) => return Ok(own.map(str::to_owned)),
+        // What the engine asks such a folder by.
+        None if matches!(checkpoint.layout, Layout::Hf { .. }) => text::Template::by_name("hf")?,
         None => text::pick_by_hints(options.name, own),
     };
     let source = template.to_jinja();
     let name = template.name();
     match (&source, options.template) {
         (Some(_), Some(_)) => {}
-        (Some(_), None) => notes.push(format!("its chat template is {name}, as its name hints (--template NAME for another)")),
+        (Some(_), None) if name == FALLBACK => notes.push(format!(
+            "its chat template is {name}, since its name hints at no other: of a LLaVA-1.5, or of one tuned here, --template v1"
+        )),
+        (Some(_), None) => notes.push(format!("its chat template is {name}, as its files and name hint (--template NAME for another)")),
         (None, Some(_)) => return Err(Error::usage(format!("the template {name} cannot be written as a chat template"))),
         (None, None) => {
-            notes.push(format!("it has no chat template, since {name} cannot be written as one: format prompts yourself"))
+            notes.push(format!("it has no chat template, since {name} cannot be written as one: --template NAME for another, or format prompts yourself"))
         }
     }
     Ok(source)
@@ -229,6 +241,10 @@ fn notes(config: &LlavaConfig, plan: &Plan, output: &Path, to: Target, was_hf: b
             }
             if !output.file_name().is_some_and(|name| name.to_string_lossy().to_lowercase().contains("llava")) {
                 notes.push("LLaVA's own code takes a folder for a LLaVA only if its name has `llava` in it".to_owned());
+            }
+            if text::pick_by_hints(&output.to_string_lossy(), None).name() == FALLBACK {
+                let how = "a LLaVA-1.5, or one tuned here, wants `v1` in its name";
+                notes.push(format!("LLaVA's own code will ask a folder of this name as {FALLBACK}: {how}"));
             }
         }
     }

@@ -15,7 +15,7 @@ use crate::weights::{Source, StoredDType, files};
 /// The only weight file of a folder that is written here.
 pub const WEIGHTS: &str = "model.safetensors";
 /// Where the configuration of an original checkpoint's vision tower goes.
-const TOWER: &str = "vision_tower";
+pub const TOWER: &str = "vision_tower";
 /// Files beside the weights that are taken along if they are there.
 const COMPANIONS: [&str; 12] = [
     "generation_config.json",

@@ -24,8 +24,8 @@ enum Fill {
 }
 
 /// Writes a checkpoint in llava-hf's layout into the new folder `output`: what the folder `model` says of its shape, with its tokenizer and
-/// preprocessing, and weights as transformers draws them for such a model, all of the tower among them, in the dtype that its configuration
-/// names. One seed gives one model.
+/// preprocessing, and weights as transformers draws them for such a model (but that it clears the row of the padding token, which nobody
+/// reads), all of the tower among them, in the dtype that its configuration names. One seed gives one model.
 /// Without a seed the weights are holes in the file, which take no room and read as zeros: enough for what only asks for shapes.
 ///
 /// # Errors

@@ -213,7 +213,9 @@ impl Llava {
         let loss = self.llama.loss(ops, decoder, head, &learned, Some(scale)).map_err(|e| e.within("decoder head"))?;
         if !loss.is_finite() {
             let place = not_finite(ops, vision.as_ref(), decoder)?;
-            let problem = format!("the loss is {loss}, and here is where numbers stop being finite: take a lower learning rate");
+            let problem = format!(
+                "the loss is {loss}, and here is where numbers stop being finite: take a lower learning rate, or, in f16, --dtype bf16"
+            );
             return Err(Error::Check { place, problem });
         }
         self.llama.backward(ops, decoder, &spans)?;

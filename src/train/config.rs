@@ -143,7 +143,7 @@ config! {
     /// Folder for checkpoints and the result
     output: Option<PathBuf> = None;
 
-    /// What it begins with: checkpoint, or random, for which the model's folder needs no weights, only config.json, tokenizer and preprocessor
+    /// What it begins with: checkpoint, or random, for which the model's folder needs no weights, only config.json, tokenizer and preprocessor; they are drawn into a file in the temporary folder (TMPDIR)
     init: Init = Init::Checkpoint;
     /// What is trained: pretrain (the projector, by captions) or instruct
     stage: Stage = Stage::Instruct;
@@ -360,7 +360,7 @@ impl Config {
         }
         if self.init == Init::Random && self.has_lora() {
             return refuse(
-                "init = random has nothing that additions of low rank could build on: take tune = full, and tune_vision = full or off",
+                "init = random has nothing that additions of low rank could build on: take tune = full or projector, and tune_vision = full or off",
             );
         }
         if ![16, 8, 4].contains(&self.base_bits) {

@@ -74,7 +74,10 @@ impl Optimizer {
         let scale = f64::from(self.loss_scale.map_or(1.0, |scale| scale.value()));
         if let Some(place) = not_finite {
             if scale <= 1.0 {
-                return Err(Error::Check { place, problem: "its gradient is not finite: take a lower learning rate".to_owned() });
+                return Err(Error::Check {
+                    place,
+                    problem: "its gradient is not finite: take a lower learning rate, or, in f16, --dtype bf16".to_owned(),
+                });
             }
             model.visit_params(&mut |param| ops.clear(param.grad))?;
         }
