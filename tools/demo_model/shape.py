@@ -129,15 +129,18 @@ def configs(tokenizer):
     yield "chat_template.json", {"chat_template": CHAT_TEMPLATE}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+def write(out, tokenizer):
+    """All but the weights, into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
     tokenizer.save(str(out / "tokenizer.json"))
     for name, content in configs(tokenizer):
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    write(parser.parse_args().out, build_tokenizer())
 
 
 if __name__ == "__main__":
