@@ -2,7 +2,8 @@
 
     patches   what each patch shows, all of them in turn: 64 words for a picture teach the tower to see, and the decoder to read a patch
     pairs     each object's words in turn, in any order: a word finds the patches that show it, and these say what else they show
-    drills    short questions with answers of a word or two: the same, asked
+    restated  short questions, whose answers begin with what was asked about: the same, asked
+    drills    the same questions with answers of a word or two
 
 From conversations alone a model of this size learns to look up nothing for thousands of steps: most of their words can be guessed.
 """
@@ -54,35 +55,47 @@ def pairs(scene, rng):
     ]
 
 
-def drills(scene, rng, turns, crowded):
-    """At most `turns` short questions, each about an object that its words tell from all others."""
+def drills(scene, rng, turns, crowded, restated):
+    """At most `turns` short questions, each about an object that its words tell from all others.
+
+    `restated`: answers begin with these words, so that one step leads from each to the next, as in `pairs`.
+    """
     out = []
 
     def is_only(o, *keys):
         return sum(all(getattr(o, key) == getattr(p, key) for key in keys) for p in scene.objects) == 1
 
+    def ask(what, reference, answer):
+        said = reference.removesuffix(" object")
+        out.append((f"{what} of the {reference}?", f"{said} {answer}" if restated else answer))
+
     for k, o in enumerate(scene.objects):
         names = [o.name]
         if is_only(o, "shape"):
-            out += [(f"Color of the {o.shape}?", o.colour), (f"Size of the {o.shape}?", o.size)]
+            ask("Color", o.shape, o.colour)
+            ask("Size", o.shape, o.size)
             names.append(o.shape)
         if is_only(o, "colour"):
-            out += [(f"Shape of the {o.colour} object?", o.shape), (f"Size of the {o.colour} object?", o.size)]
+            ask("Shape", f"{o.colour} object", o.shape)
+            ask("Size", f"{o.colour} object", o.size)
             names.append(f"{o.colour} object")
         if is_only(o, "size"):
-            out += [(f"Shape of the {o.size} object?", o.shape), (f"Color of the {o.size} object?", o.colour)]
+            ask("Shape", f"{o.size} object", o.shape)
+            ask("Color", f"{o.size} object", o.colour)
         if is_only(o, "size", "shape"):
-            out.append((f"Color of the {o.size} {o.shape}?", o.colour))
+            ask("Color", f"{o.size} {o.shape}", o.colour)
         if is_only(o, "size", "colour"):
-            out.append((f"Shape of the {o.size} {o.colour} object?", o.shape))
-        out.append((f"Size of the {o.name}?", o.size))
+            ask("Shape", f"{o.size} {o.colour} object", o.shape)
+        ask("Size", o.name, o.size)
         if not crowded:
-            left, right = scene.objects[:k], scene.objects[k + 1 :]
-            out += [
-                (f"Number of the {rng.choice(names)}?", NUMBER[k + 1]),
-                (f"Object {NUMBER[k + 1]}?", f"{o.size} {o.name}"),
-                (f"Right of the {rng.choice(names)}?", right[0].name if right else "Nothing"),
-                (f"Left of the {rng.choice(names)}?", left[-1].name if left else "Nothing"),
-            ]
+            number = NUMBER[k + 1]
+            ask("Number", rng.choice(names), number)
+            out.append((f"Object {number}?", f"{number} {o.size} {o.name}" if restated else f"{o.size} {o.name}"))
+            for side, there in (("Right", k + 1), ("Left", k - 1)):
+                is_there = 0 <= there < len(scene.objects)
+                name, answer = rng.choice(names), scene.objects[there].name if is_there else "Nothing"
+                # by way of numbers: whose neighbour, its number, the neighbour's number
+                way = [name.removesuffix(" object"), number, *([NUMBER[there + 1]] if is_there else [])]
+                out.append((f"{side} of the {name}?", " ".join([*way, answer]) if restated else answer))
     rng.shuffle(out)
     return out[:turns]

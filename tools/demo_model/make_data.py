@@ -1,6 +1,6 @@
 """Write rows with their picture files, as LLaVA JSON: to train by, or to evaluate by; or one scene.
 
-    python make_data.py patches --out data/patches --count 12000       # also pairs, drills, talk
+    python make_data.py patches --out data/patches --count 12000       # also pairs, restated, drills, talk
     python make_data.py eval --out eval --count 300
     python make_data.py scene --out scene.png --first-seed 1 --width 448 --height 336
 """
@@ -50,10 +50,11 @@ def training_rows(what, folder, turns, i):
     """The rows of picture `i`, which is written as the model sees it."""
     rng = random.Random(f"{what} {i}")
     pad = rng.random() < PAD_SHARE
-    crowded = what in ("patches", "pairs") or (what == "drills" and i % 2 == 0)
+    is_drill = what in ("restated", "drills")
+    crowded = what in ("patches", "pairs") or (is_drill and i % 2 == 0)
     seed = i if what == "talk" else LESSON_SEED + i
     scene = sample_scene(seed, crowded=crowded)
-    while what == "drills" and crowded and len(scene.objects) > 6:  # or few words would name one alone
+    while is_drill and crowded and len(scene.objects) > 6:  # or few words would name one alone
         scene = sample_scene(rng.randrange(LESSON_SEED, EVAL_SEED), crowded=True)
     name = f"{what}/{i}.png"
     Image.fromarray(model_input(render(scene), pad)).save(folder / f"{i}.png", compress_level=3)
@@ -67,9 +68,11 @@ def training_rows(what, folder, turns, i):
     elif what == "pairs":
         rows = [lessons.pairs(scene, rng) + lessons.pairs(scene, rng)]
     else:
-        rows = [lessons.drills(scene, rng, turns, crowded)] if what == "drills" else []
-    # What patches show is not to be forgotten.
-    if what == "patches" or i % 4 == 0:
+        rows = [lessons.drills(scene, rng, turns, crowded, what == "restated")] if is_drill else []
+    # What was learnt before is not to be forgotten.
+    if what == "restated" and i % 4 == 2:
+        rows.append(lessons.pairs(scene, rng) + lessons.pairs(scene, rng))
+    if what == "patches" or i % 16 < 2:
         rows.append(lessons.patches(scene, pad, crowded))
     return [{"id": f"{name} {k}", "image": name, "conversations": said(row)} for k, row in enumerate(rows)]
 
@@ -113,7 +116,7 @@ def write_eval(folder, count, turns, first_seed, side=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["patches", "pairs", "drills", "talk", "eval", "scene"])
+    parser.add_argument("what", choices=["patches", "pairs", "restated", "drills", "talk", "eval", "scene"])
     parser.add_argument("--out", required=True)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--turns", type=int, default=4)

@@ -35,9 +35,11 @@ if [ "$size" = quick ]; then
 fi
 data patches 12000 0
 data pairs 12000 0
+data restated 12000 16
 data drills 12000 16
 data talk 48000 10
 lesson patches "$out/shape" 300 1.2e-3 --init random --schedule constant
 lesson pairs "$out/patches" 1500 1.2e-3 --schedule constant
-lesson drills "$out/pairs" 1500 1.2e-3 --schedule constant
+lesson restated "$out/pairs" 2000 1.2e-3 --schedule constant
+lesson drills "$out/restated" 1000 1.2e-3 --schedule constant
 lesson talk "$out/drills" 6000 1.2e-3 --schedule cosine
