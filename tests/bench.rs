@@ -75,6 +75,32 @@ fn the_table_has_a_row_for_each_batch_size() {
     assert!(table.contains("time to first token") && table.contains("GB/s read") && !table.contains("simulated"), "{table}");
 }
 
+/// Steps of training on rows of 40 + 5 tokens: how much is learned says what their arithmetic comes to.
+#[test]
+fn training_is_measured_too() {
+    let row = |device: &str, settings: &[&str]| {
+        let settings = settings.iter().flat_map(|s| ["--train", s]);
+        let flags: Vec<_> = ["--repeat", "2", "--device", device, "--batch-size", "2"].into_iter().chain(settings).collect();
+        let document = document(&flags);
+        let rows = document["rows"].as_array().unwrap();
+        assert!(rows.len() == 1 && document["time_to_first_token"].is_null(), "{document}");
+        assert_eq!((&rows[0]["phase"], &rows[0]["tokens"], &rows[0]["context"]), (&"train".into(), &90.into(), &45.into()));
+        assert!(rows[0]["percent_of_limit"].as_f64().unwrap() > 0.0, "{document}");
+        rows[0]["flops"].as_f64().unwrap()
+    };
+    let full = ["tune=full", "tune_vision=full", "dtype=f32", "recompute=selective"];
+    let projector = ["tune=projector", "dtype=f32"];
+    let learned = [&projector[..], &["tune=lora", "lora_r=2", "dtype=f32"], &["tune=lora", "lora_r=8", "dtype=f32"], &full];
+    let flops = learned.map(|settings| row("cpu", settings));
+    assert!(flops.is_sorted_by(|a, b| a < b), "{flops:?}");
+    if cfg!(llava_sim) {
+        assert_eq!(row("sim", &full), flops[3]);
+    }
+    let table =
+        String::from_utf8(bench(&["--repeat", "1", "--device", "cpu", "--batch-size", "1", "--train", "tune=lora"])).unwrap();
+    assert!(table.contains("| train | 1 | 45 | 45 |") && !table.contains("first token"), "{table}");
+}
+
 #[test]
 fn shapes_and_sizes_that_make_no_sense_are_refused() {
     for (flags, part) in [
@@ -86,6 +112,11 @@ fn shapes_and_sizes_that_make_no_sense_are_refused() {
         (&["--batch-size", "1,100000"], "from 1 to"),
         (&["--batch-size", "many"], "many"),
         (&["--mmproj", "mmproj.gguf"], "--model"),
+        (&["--train", "lora"], "KEY=VALUE"),
+        (&["--train", "rank=8"], "KEY=VALUE"),
+        (&["--train", "tune=most"], "most"),
+        (&["--train", "lora_r=few"], "few"),
+        (&["--train", "tune=lora", "--layers", "1", "--prompt-tokens", "64"], "576"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_llava-engine")).arg("bench").args(flags).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();

@@ -1,4 +1,7 @@
-"""The training step of benches/train.rs in PyTorch: the demo model in f32, 16 conversations with a picture each, AdamW.
+"""A training step of the demo model in PyTorch: all of it in f32, 16 conversations with a picture each, AdamW. Ours is
+
+    llava-engine bench --model models/demo --device cpu --train tune=full --train tune_vision=full --train dtype=f32 \\
+      --train recompute=selective --prompt-tokens 104 --new-tokens 24 --batch-size 16 --repeat 7
 
     python tools/bench_train.py [--threads 2] [--compile]
 

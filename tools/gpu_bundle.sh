@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 out=${1:-target/gpu-bundle}
 mkdir -p "$out"
 export LLAVA_CUDA=required
-tests=(ops ops_linear ops_attention ops_sample ops_image stages batch demo)
+tests=(ops ops_linear ops_attention ops_sample ops_image stages batch demo ops_backward ops_attention_backward ops_train gradients)
 cargo build --release --bin llava-engine
 cp target/release/llava-engine "$out/"
 cargo test --release --no-run --message-format=json "${tests[@]/#/--test=}" |

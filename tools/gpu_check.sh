@@ -9,16 +9,18 @@
 #     bench          LLaVA-1.5-7B's shape in bf16: encode, prefill of 640, decode to context 704 of 1 and 8 sequences
 #     transformers   the same work by Hugging Face transformers, eager and compiled to CUDA graphs; needs python3 with torch
 #     autotune       and compiled with max-autotune
-#     table          joins what there is into OUT_DIR/<gpu>-<date>.json and .md; also made after bench, transformers and autotune
+#     train          training steps of the same shape, 16,896 tokens: the projector, and LoRA; the op cases of the way back come first
+#     peft           the same by transformers with PEFT
+#     table          joins what there is into OUT_DIR/<gpu>-<date>.json and .md; also made after bench, train, and what runs peers
 #
 # All of them if none is named. A part takes at most PART_SECONDS (480), so that each can be a command of its own where commands are cut off;
 # what has no time left is reported. What fails is reported too and the rest goes on; exit 1 if anything did.
 # LLAVA_TEST_DEVICE=sim tries the script out: the simulator, a tiny model, transformers on the CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-bin=$(realpath "${1:?usage: tools/gpu_check.sh BIN_DIR [tests|sanitize|bench|transformers|autotune|table ...]}")
+bin=$(realpath "${1:?usage: tools/gpu_check.sh BIN_DIR [tests|sanitize|bench|transformers|autotune|train|peft|table ...]}")
 shift
-[ $# -gt 0 ] || set -- tests sanitize bench transformers autotune
+[ $# -gt 0 ] || set -- tests sanitize bench transformers autotune train peft
 out=${OUT_DIR:-docs/results}
 python=${PYTHON:-python3}
 mkdir -p "$out"
@@ -66,16 +68,31 @@ bench() {
   [ -s "$out/bench.json" ] || rm -f "$out/bench.json"
 }
 
-transformers() { # MODE SECONDS PART_LIMIT
-  rm -f "$out/transformers-$1.json"
-  run "transformers-$1" "$2" "$python" tools/gpu_transformers.py "${peer_model[@]}" --mode "$1" --limit "$3" --output "$out/transformers-$1.json"
+transformers() { # MODE SECONDS PART_LIMIT [--train]
+  local name=transformers-$1${4:+-train}
+  rm -f "$out/$name.json"
+  run "$name" "$2" "$python" tools/gpu_transformers.py "${peer_model[@]}" --mode "$1" --limit "$3" ${4:-} --output "$out/$name.json"
+}
+
+train() {
+  local tune recompute name
+  for tune in projector lora; do
+    for recompute in selective full; do
+      name=train-$tune-$recompute
+      to=$out/$name.json run "$name" 100 "$bin/llava-engine" bench "${our_training[@]}" --train "tune=$tune" --train "recompute=$recompute" \
+        --repeat 5 --device "$LLAVA_TEST_DEVICE" --json
+      [ -s "$out/$name.json" ] || rm -f "$out/$name.json"
+    done
+  done
 }
 
 table() {
   local peers=("$out"/transformers-*.json)
   [ -e "${peers[0]}" ] || peers=()
   [ -e "$out/bench.json" ] || { echo "no table: bench has not run"; return; }
-  to=$out/table.md run table 30 "$python" tools/gpu_table.py --ours "$out/bench.json" --peers "${peers[@]}" \
+  local trainings=("$out"/train-*.json)
+  [ -e "${trainings[0]}" ] || trainings=()
+  to=$out/table.md run table 30 "$python" tools/gpu_table.py --ours "$out/bench.json" --training "${trainings[@]}" --peers "${peers[@]}" \
     --gpu "$gpu" --date "$(date -u +%Y-%m-%d)" --output-dir "$out"
   cat "$out/table.md"
   rm -f "$out/table.md"
@@ -98,12 +115,14 @@ print(next((f for p in sys.path for f in sorted(glob.glob(p + "/nvidia/**/libcub
 if [ "$LLAVA_TEST_DEVICE" = sim ]; then
   gpu=simulator
   our_model=(--model tests/fixtures/checkpoints/hf_mha_f32 --prompt-tokens 40 --new-tokens 5 --batch-size 1,8)
+  our_training=(--model tests/fixtures/checkpoints/hf_mha_f32 --prompt-tokens 40 --new-tokens 5 --batch-size 2)
   peer_model=(--device cpu --size tiny)
 else
   gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--')
   [ -n "$gpu" ] || { echo "no NVIDIA driver here"; exit 1; }
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv
   our_model=(--shape llava-1.5-7b --weights bf16 --prompt-tokens 640 --new-tokens 65 --batch-size 1,8)
+  our_training=(--shape llava-1.5-7b --weights bf16 --prompt-tokens 640 --new-tokens 64 --batch-size 24)
   peer_model=(--device cuda --size 7b)
   use_torch_cublaslt
 fi
@@ -119,6 +138,12 @@ for part in "$@"; do
     bench) bench; table ;;
     transformers) transformers eager 150 40; transformers reduce-overhead 300 150; table ;;
     autotune) transformers max-autotune 440 220; table ;;
+    train)
+      for test in ops_backward ops_attention_backward ops_train gradients; do run "$test" 240 "$bin/$test"; done
+      train
+      table
+      ;;
+    peft) transformers eager 440 110 --train; table ;;
     table) table ;;
     *) echo "unknown part $part"; exit 2 ;;
   esac

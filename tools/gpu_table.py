@@ -1,6 +1,7 @@
 """Joins what tools/gpu_check.sh measured into one document and one table for docs/PERFORMANCE.md.
 
-    python tools/gpu_table.py --ours bench.json --peers transformers-*.json --gpu NAME --date 2026-01-31 --output-dir docs/results
+    python tools/gpu_table.py --ours bench.json --training train-*.json --peers transformers-*.json --gpu NAME --date 2026-01-31 \
+      --output-dir docs/results
 
 Writes <gpu>-<date>.json, with both sides as they are, and <gpu>-<date>.md. What was not measured is said to be so; of the compiled
 configurations the fastest counts, phase by phase. Needs nothing but Python.
@@ -79,7 +80,21 @@ def first_token_line(ours, peers):
             ratio(eager, time["ms_median"]), ratio(compiled, time["ms_median"])]
 
 
-def table(ours, peers, gpu, date):
+def training_lines(trainings, peers):
+    """Steps of training: ours by their settings, each beside the peer's fastest of the same kind and rows."""
+    for document in trainings:
+        settings = dict(setting.split("=", 1) for setting in document["training"])
+        for row in document["rows"]:
+            row = {**row, "phase": f"train {settings['tune']}"}
+            ms, limit, percent = row["ms_median"], row.get("limit_ms"), row.get("percent_of_limit")
+            peer = fastest(peers, False, row)[1]
+            how = f" ({peer['how']})" if peer else ""
+            yield [f"{row['phase']}, {row['batch_size']} rows of {row['context']}, recompute {settings.get('recompute', 'full')}",
+                   f"{milliseconds(ms)} ({milliseconds(row['ms_min'])} to {milliseconds(row['ms_max'])})", milliseconds(limit),
+                   NONE if percent is None else f"{percent:.1f}", milliseconds(per_pass(peer)) + how, ratio(per_pass(peer), ms)]
+
+
+def table(ours, peers, gpu, date, trainings=()):
     """The page."""
     model, machine = ours["model"], ours["machine"]
     lines = [f"# {gpu}, {date}", ""]
@@ -92,6 +107,10 @@ def table(ours, peers, gpu, date):
     at = sum(row["phase"] != "decode" for row in ours["rows"])
     phases.insert(at, first_token_line(ours, peers))
     lines += ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *phases]]
+    if trainings:
+        head = ["a step", "ours", "limit", "% of limit", "transformers with PEFT", "theirs / ours"]
+        lines += ["", "Training: the limit is what is to be learned at the best product's rate; what is computed again does not count.", ""]
+        lines += ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *training_lines(trainings, peers)]]
     lines += ["", "What the device reaches at best:", ""]
     if machine["read_gbps"] is not None:
         lines.append(f"- reading, our probe: {machine['read_gbps']:.0f} GB/s")
@@ -112,16 +131,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours", type=Path, required=True)
     parser.add_argument("--peers", type=Path, nargs="*", default=[])
+    parser.add_argument("--training", type=Path, nargs="*", default=[])
     parser.add_argument("--gpu", required=True)
     parser.add_argument("--date", required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
     args = parser.parse_args()
-    ours, peers = json.loads(args.ours.read_text()), [json.loads(p.read_text()) for p in args.peers]
-    document = {"gpu": args.gpu, "date": args.date, "ours": ours, "transformers": peers}
+    ours = json.loads(args.ours.read_text())
+    peers, trainings = ([json.loads(p.read_text()) for p in paths] for paths in (args.peers, args.training))
+    document = {"gpu": args.gpu, "date": args.date, "ours": ours, "training": trainings, "transformers": peers}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     stem = args.output_dir / f"{args.gpu}-{args.date}"
     Path(f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
-    page = table(ours, peers, args.gpu, args.date)
+    page = table(ours, peers, args.gpu, args.date, trainings)
     Path(f"{stem}.md").write_text(page)
     print(page, end="")
 

@@ -45,6 +45,18 @@ class TableTest(unittest.TestCase):
         self.assertEqual(decode[1:], ["4 (2 to 8)", "3", "75.0", "20.0", "6 (reduce-overhead)", "5.00", "1.50"])  # of a step
         self.assertEqual(batch[1:], ["5 (2.5 to 10.0)", NONE, NONE, NONE, NONE, NONE, NONE])
 
+    def test_training_stands_beside_the_fastest_of_its_kind(self):
+        train = {"training": ["tune=lora", "recompute=selective"],
+                 "rows": [row("train", 24, 16896, 704, 1000.0, limit_ms=600.0, percent_of_limit=60.0)]}
+        theirs = [row("train lora", 24, 16896, 704, 3000.0, how="checkpointing"), row("train lora", 24, 16896, 704, 2500.0, how="all kept"),
+                  row("train projector", 24, 16896, 704, 1.0, how="all kept"), row("train lora", 8, 5632, 704, 1.0, how="all kept")]
+        lines = table(OURS, [peer("eager", theirs)], "a-gpu", "2026-01-31", [train]).splitlines()
+        line = next(line for line in lines if line.startswith("| train"))
+        self.assertEqual([cell.strip() for cell in line.strip("|").split("|")],
+                         ["train lora, 24 rows of 704, recompute selective", "1000.0 (500.0 to 2000.0)", "600.0", "60.0", "2500.0 (all kept)", "2.50"])
+        alone = table(OURS, [], "a-gpu", "2026-01-31", [train])
+        self.assertIn(f"| 60.0 | {NONE} | {NONE} |", alone)
+
     def test_failures_and_simulations_are_named(self):
         failed = peer("max-autotune", [], [{"part": "decode 8", "error": "TimeoutError: took longer\nmore"}])
         self.assertIn("decode 8 failed: `TimeoutError: took longer`", table(OURS, [failed], "a-gpu", "2026-01-31"))

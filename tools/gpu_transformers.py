@@ -2,10 +2,12 @@
 
     python tools/gpu_transformers.py --mode eager --output eager.json             # also what torch.matmul and reading reach
     python tools/gpu_transformers.py --mode reduce-overhead --output graphs.json  # torch.compile, static cache, CUDA graphs
+    python tools/gpu_transformers.py --train --mode eager --output train.json            # training steps instead; needs peft
     python tools/gpu_transformers.py --device cpu --size tiny --mode eager --output tiny.json
 
 Random weights in bf16, SDPA attention, no network. The phases are those of `llava-engine bench`: encoding one picture with the projector,
-reading a prompt of embeddings up to the logits of its last row, and greedy decoding, whose every token comes to the host. Writes after each
+reading a prompt of embeddings up to the logits of its last row, and greedy decoding, whose every token comes to the host; those of training
+are steps of the projector alone and of it with LoRA (rank 128) in the decoder, with and without gradient checkpointing. Writes after each
 phase, so that nothing is lost if it is stopped; a phase that fails or takes longer than --limit is recorded under `errors`, and the rest
 goes on. Exit 1 if there were any.
 """
@@ -37,6 +39,8 @@ class Size:
     vision: dict
     prompt_tokens: int
     new_tokens: int
+    train_rows: int  # of prompt_tokens and answer_tokens each
+    answer_tokens: int
     square: int  # rows and columns of the large square product
     read_bytes: int
 
@@ -45,12 +49,12 @@ SIZES = {
     "7b": Size(
         text=dict(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
         vision=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14),
-        prompt_tokens=640, new_tokens=65, square=8192, read_bytes=1 << 30,
+        prompt_tokens=640, new_tokens=65, train_rows=24, answer_tokens=64, square=8192, read_bytes=1 << 30,
     ),
     "tiny": Size(
         text=dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2),
         vision=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14),
-        prompt_tokens=40, new_tokens=5, square=128, read_bytes=1 << 20,
+        prompt_tokens=40, new_tokens=5, train_rows=2, answer_tokens=5, square=128, read_bytes=1 << 20,
     ),
 }
 
@@ -116,7 +120,7 @@ class Bench:
         start = time.perf_counter()
         torch.compiler.reset()  # what one part compiled must not count against the next one's limit of recompilations
         try:
-            with at_most(self.args.limit), torch.no_grad():
+            with at_most(self.args.limit), torch.set_grad_enabled(self.args.train):
                 run()
         except Exception as error:  # whatever a compiler may raise, the other parts are still wanted
             self.report["errors"].append({"part": part, "error": f"{type(error).__name__}: {error}"[:2000]})
@@ -208,6 +212,46 @@ class Bench:
 
         self.row("decode", batch_size, batch_size * steps, past + steps, self.times(run, prepare))
 
+    def train(self, kind, checkpointing):
+        """Steps over rows of a prompt with a picture and an answer to learn, with AdamW on parameters of bf16, which favours it."""
+        size, device = self.size, self.args.device
+        model = self.model = None  # one at a time
+        model = make_model(size, device)
+        if kind == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            layers = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+            target = rf".*language_model.*\.({layers})"
+            lora = LoraConfig(r=128, lora_alpha=256, lora_dropout=0.05, target_modules=target)
+            model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        self.model = model.train()
+        for name, parameter in model.named_parameters():
+            if "multi_modal_projector" in name:
+                parameter.requires_grad_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rows, length = size.train_rows, size.prompt_tokens + size.answer_tokens
+        patches, side = model.config.image_seq_length, size.vision["image_size"]
+        ids = (torch.arange(rows * length) * 31 % (size.text["vocab_size"] - 64)).reshape(rows, length)
+        before = (size.prompt_tokens - patches) // 2
+        ids[:, before : before + patches] = model.config.image_token_index
+        labels = ids.clone()
+        labels[:, : size.prompt_tokens] = -100
+        ids, labels = ids.to(device), labels.to(device)
+        pixels = torch.randn(rows, 3, side, side, device=device, dtype=DTYPE)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learned, lr=1e-5, fused=device == "cuda")
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            model(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+
+        times = self.times(step)
+        self.row(f"train {kind}", rows, rows * length, length, times)
+        self.report["rows"][-1]["how"] = "checkpointing" if checkpointing else "all kept"
+
     def rate(self, work, run):
         """The best of some timings, in billions a second; each is of several calls, whose launches' own time is then little."""
         calls = 10
@@ -245,9 +289,21 @@ def main():
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=3, help="runs before those that count")
     parser.add_argument("--limit", type=int, default=120, help="seconds that a part may take, compiling included")
+    parser.add_argument("--train", action="store_true", help="measure steps of training instead; eager only")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    if args.train and args.mode != "eager":
+        parser.error("--train goes with --mode eager")
     bench = Bench(args)
+    if args.train:
+        parts = [
+            (f"train {kind}{', checkpointing' * checkpointing}", lambda kind=kind, checkpointing=checkpointing: bench.train(kind, checkpointing))
+            for kind in ("projector", "lora")
+            for checkpointing in (True, False)
+        ]
+        for part, run in parts:
+            bench.attempt(part, run)
+        sys.exit(1 if bench.report["errors"] else 0)
     parts = [("encode", bench.encode), ("prefill", bench.prefill)]
     parts += [(f"decode {n}", lambda n=n: bench.decode(n)) for n in args.batch_size]
     if not bench.compiled:

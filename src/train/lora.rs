@@ -1,4 +1,4 @@
-//! Low-rank additions (LoRA) of a run: how they begin ([`load`]), and the folder that they are left in ([`save`]).
+//! Low-rank additions (LoRA) of a run: how they begin ([`begin`]), and the folder that they are left in ([`save`]).
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,9 +25,9 @@ const TOWER_TARGETS: [&str; 6] = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1
 ///
 /// # Errors
 /// If it cannot be loaded; if its matrices have other bits than the settings say.
-pub fn load(ops: &dyn GradOps, config: &Config, checkpoint: &Checkpoint) -> Result<Llava> {
-    let source = Fresh { base: &checkpoint.weights, config };
-    let mut model = Llava::load(ops, &checkpoint.config, &source, ops.weight_dtype())?;
+pub fn begin(ops: &dyn GradOps, config: &Config, shape: &LlavaConfig, base: &dyn Source) -> Result<Llava> {
+    let source = Fresh { base, config };
+    let mut model = Llava::load(ops, shape, &source, ops.weight_dtype())?;
     let (stored, bits) = (model.llama().weights(), config.base_bits);
     if bits != 16 && !stored.starts_with(&format!("int{bits}")) {
         let what = format!("base_bits is {bits}, but the matrices of the base are {stored}");

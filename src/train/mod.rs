@@ -18,3 +18,4 @@ pub mod run;
 pub mod sampler;
 pub mod schedule;
 pub mod tensorboard;
+pub mod trial;

@@ -104,7 +104,7 @@ impl<'a> Trainer<'a> {
         eval_rows.as_mut().map_or(Ok(()), |rows| rows.check(&masker))?;
         let lengths = lengths(config, &masker, &mut rows)?;
         let (sampler, n_steps) = course(config, lengths)?;
-        let mut model = lora::load(&*ops, config, checkpoint)?;
+        let mut model = lora::begin(&*ops, config, &checkpoint.config, &checkpoint.weights)?;
         model.train(&*ops, trained_whole(config), config.dtype.dtype())?;
         let mut preprocess = checkpoint.config.preprocess.clone();
         match config.image_aspect_ratio {

@@ -9,7 +9,7 @@ use llava_engine::error::Result;
 use llava_engine::infer::kv::PageTable;
 use llava_engine::infer::runner::{Runner, Step};
 use llava_engine::model::Slot;
-use llava_engine::ops::Peaks;
+use llava_engine::ops::{Ops, Peaks};
 use llava_engine::profile::{OpRecord, Records};
 use llava_engine::tensor::Tensor;
 
@@ -74,11 +74,26 @@ fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     values.get(values.len() / 2).copied()
 }
 
+/// A device's peaks, probed when the last run was over.
+pub struct Probed(Peaks);
+
+impl Probed {
+    /// Before the first run.
+    pub fn new(ops: &dyn Ops) -> Result<Self> {
+        Ok(Self(ops.measure_peaks()?))
+    }
+
+    /// Those of the run that is just over: the mean of those before and after it.
+    pub fn of_run(&mut self, ops: &dyn Ops) -> Result<Peaks> {
+        let after = ops.measure_peaks()?;
+        Ok(std::mem::replace(&mut self.0, after).zip_with(&self.0, |a, b| (a + b) / 2.0))
+    }
+}
+
 /// Times runs of one subject.
 struct Stopwatch<'a> {
     subject: &'a mut Subject,
-    /// Probed when the last run was over.
-    peaks: Peaks,
+    probed: Probed,
 }
 
 impl Stopwatch<'_> {
@@ -89,15 +104,14 @@ impl Stopwatch<'_> {
         work(&mut self.subject.runner)?;
         let ms = start.elapsed().as_secs_f64() * 1e3;
         let work = so_far(&self.subject.records).since(before);
-        let after = self.subject.runner.ops().measure_peaks()?;
-        let peaks = std::mem::replace(&mut self.peaks, after).zip_with(&self.peaks, |a, b| (a + b) / 2.0);
+        let peaks = self.probed.of_run(self.subject.runner.ops())?;
         phase.runs.push(Run { ms, work, peaks });
         Ok(())
     }
 }
 
 /// Tells whoever waits at a terminal, for minutes with a large model, what is going on.
-fn say(what: &str) {
+pub fn say(what: &str) {
     if std::io::stderr().is_terminal() {
         eprintln!("llava-engine: {what}");
     }
@@ -133,8 +147,8 @@ pub fn measure(args: &Args, subject: &mut Subject) -> Result<Vec<Phase>> {
     }
     // A device does what it is asked in that order: when this has come from it, all before is done.
     let mark = subject.runner.ops().alloc(&[1], DType::F32)?;
-    let peaks = subject.runner.ops().measure_peaks()?;
-    let mut stopwatch = Stopwatch { subject, peaks };
+    let probed = Probed::new(subject.runner.ops())?;
+    let mut stopwatch = Stopwatch { subject, probed };
     for i in 0..args.repeat {
         say(&format!("run {} of {}", i + 1, args.repeat));
         let mut features = None;

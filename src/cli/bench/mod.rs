@@ -1,7 +1,8 @@
-//! `bench`: how fast this machine encodes a picture, reads a prompt and answers, against what it could do at best.
+//! `bench`: how fast this machine encodes a picture, reads a prompt and answers, or trains, against what it could do at best.
 
 mod measure;
 mod report;
+mod train;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use llava_engine::error::{Error, Result};
 use llava_engine::infer::runner::Runner;
 use llava_engine::model::Llava;
 use llava_engine::model::config::LlavaConfig;
+use llava_engine::ops::Ops;
 use llava_engine::profile::Records;
 use llava_engine::weights::random::Random;
 use llava_engine::weights::recipe::Recipe;
@@ -26,7 +28,9 @@ const MAX_BATCH: usize = 1024;
 /// Flags of `bench`.
 #[derive(clap::Args)]
 #[command(after_help = "Example:
-  llava-engine bench --shape llava-1.5-7b --weights bf16 --prompt-tokens 640 --new-tokens 64")]
+  llava-engine bench --shape llava-1.5-7b --weights bf16 --prompt-tokens 640 --new-tokens 64
+  llava-engine bench --train tune=full --train tune_vision=full --train dtype=f32 --prompt-tokens 104 --new-tokens 24 --batch-size 16 \\
+    --model models/demo")]
 pub struct Args {
     /// Model: a folder, a GGUF file or a hub id; with random weights of a known shape if absent
     #[arg(long, env = "LLAVA_MODEL", value_name = "PATH|HF_ID")]
@@ -55,6 +59,9 @@ pub struct Args {
     /// Sequences that are decoded together, each with its own prompt and answer; several numbers are measured one after the other
     #[arg(long, default_value = "1,4,8", value_delimiter = ',', value_name = "N[,N...]")]
     batch_size: Vec<usize>,
+    /// Measures training steps instead, with settings of `finetune`; each of --batch-size rows is a prompt with a picture, and an answer to learn. May be repeated
+    #[arg(long, value_name = "KEY=VALUE", conflicts_with_all = ["lora", "w8a8", "mmproj"])]
+    train: Vec<String>,
     /// Runs of everything; medians are over these
     #[arg(long, default_value_t = 5, value_name = "N")]
     repeat: usize,
@@ -74,13 +81,33 @@ pub struct Args {
 
 /// What is measured.
 struct Subject {
-    name: String,
+    about: About,
     runner: Runner,
     /// What the ops of `runner` cost.
     records: Arc<Records>,
-    /// What its dense matrices are stored in.
+}
+
+/// What a report says of it.
+struct About {
+    /// Of the model.
+    name: String,
+    /// Of the device.
+    device: String,
+    /// What the decoder's matrices are stored as.
+    weights: String,
+    /// What dense matrices are stored in; of training, what it computes in.
     stored: DType,
+    hidden_size: usize,
+    n_layers: usize,
     load_ms: f64,
+}
+
+impl About {
+    fn new(name: String, ops: &dyn Ops, model: &Llava, stored: DType, load_ms: f64) -> Self {
+        let text = &model.config().text;
+        let (device, weights) = (ops.name().to_owned(), model.llama().weights());
+        Self { name, device, weights, stored, hidden_size: text.hidden_size, n_layers: text.n_layers, load_ms }
+    }
 }
 
 /// Benchmarks.
@@ -93,6 +120,11 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let most = args.batch_size.iter().copied().max().unwrap_or(0);
     if args.batch_size.contains(&0) || most > MAX_BATCH {
         return Err(Error::usage(format!("--batch-size takes numbers from 1 to {MAX_BATCH}, such as 1,4,8")));
+    }
+    if !args.train.is_empty() {
+        let (about, phases) = train::measure(args, device, weights)?;
+        report::report(args, device, &about, &phases)?;
+        return Ok(Outcome::Done);
     }
     let options = EngineOptions {
         device,
@@ -110,7 +142,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         None => make_up(args, weights, &options)?,
     };
     let phases = measure::measure(args, &mut subject)?;
-    report::report(args, device, &subject, &phases)?;
+    report::report(args, device, &subject.about, &phases)?;
     Ok(Outcome::Done)
 }
 
@@ -118,7 +150,8 @@ fn open(model: &Path, options: &EngineOptions) -> Result<Subject> {
     let engine = Engine::open(model, options)?;
     let (stored, load_ms) = (engine.compute_dtype(), engine.load_ms());
     let records = engine.records().ok_or_else(|| Error::usage("the engine keeps no records"))?;
-    Ok(Subject { name: model.display().to_string(), runner: engine.into_runner(), records, stored, load_ms })
+    let runner = engine.into_runner();
+    Ok(Subject { about: About::new(model.display().to_string(), runner.ops(), runner.model(), stored, load_ms), runner, records })
 }
 
 /// How made-up weights are stored.
@@ -144,11 +177,7 @@ impl Weights {
 
 fn make_up(args: &Args, Weights { dtype, recipe }: Weights, options: &EngineOptions) -> Result<Subject> {
     let start = Instant::now();
-    let name = args.shape.as_deref().unwrap_or("llava-1.5-7b");
-    let mut config = LlavaConfig::by_name(name)
-        .ok_or_else(|| Error::usage(format!("unknown shape `{name}`: use llava-1.5-7b or llava-1.5-13b, or name a --model")))?;
-    config.text.n_layers = args.layers.unwrap_or(config.text.n_layers);
-    config.context_tokens = args.prompt_tokens + args.new_tokens;
+    let (name, config) = shape(args)?;
     let OpenDevice { ops, records, note } = open_device(options, dtype)?;
     if let Some(note) = note {
         eprintln!("llava-engine: {note}");
@@ -157,5 +186,15 @@ fn make_up(args: &Args, Weights { dtype, recipe }: Weights, options: &EngineOpti
     let records = records.ok_or_else(|| Error::usage("the device keeps no records"))?;
     let runner = Runner::new(ops, model, options.kv_dtype.unwrap_or(dtype), options.n_contexts)?;
     let load_ms = start.elapsed().as_secs_f64() * 1e3;
-    Ok(Subject { name: name.to_owned(), runner, records, stored: dtype, load_ms })
+    Ok(Subject { about: About::new(name.to_owned(), runner.ops(), runner.model(), dtype, load_ms), runner, records })
+}
+
+/// The shape that was named, with its name.
+fn shape(args: &Args) -> Result<(&str, LlavaConfig)> {
+    let name = args.shape.as_deref().unwrap_or("llava-1.5-7b");
+    let mut config = LlavaConfig::by_name(name)
+        .ok_or_else(|| Error::usage(format!("unknown shape `{name}`: use llava-1.5-7b or llava-1.5-13b, or name a --model")))?;
+    config.text.n_layers = args.layers.unwrap_or(config.text.n_layers);
+    config.context_tokens = args.prompt_tokens + args.new_tokens;
+    Ok((name, config))
 }

@@ -5,43 +5,38 @@ use llava_engine::error::Result;
 use serde_json::{Value, json};
 
 use super::measure::{Phase, sorted};
-use super::{Args, Subject};
+use super::{About, Args};
 use crate::cli::common;
 
 /// Prints it.
-pub fn report(args: &Args, device: Device, subject: &Subject, phases: &[Phase]) -> Result<()> {
-    if args.json {
-        common::put_json(&document(args, device, subject, phases))
-    } else {
-        common::put(&table(device, subject, phases))
-    }
+pub fn report(args: &Args, device: Device, about: &About, phases: &[Phase]) -> Result<()> {
+    if args.json { common::put_json(&document(args, device, about, phases)) } else { common::put(&table(device, about, phases)) }
 }
 
-fn document(args: &Args, device: Device, subject: &Subject, phases: &[Phase]) -> Value {
-    let Subject { name, runner, load_ms, .. } = subject;
-    let text = &runner.model().config().text;
+fn document(args: &Args, device: Device, about: &About, phases: &[Phase]) -> Value {
     let (peaks, first_token) = (best_peaks(phases), first_token_ms(phases));
     json!({
         "machine": {
-            "device": runner.ops().name(),
+            "device": about.device,
             "simulated": device == Device::Sim,
             "threads": args.threads,
             "read_gbps": peaks.as_ref().map(|p| p.read_gbps),
             "peaks": peaks.as_ref().map(common::peaks_json),
         },
         "model": {
-            "name": name, "weights": runner.model().llama().weights(), "hidden_size": text.hidden_size, "n_layers": text.n_layers,
-            "load_ms": load_ms,
+            "name": about.name, "weights": about.weights, "hidden_size": about.hidden_size, "n_layers": about.n_layers,
+            "load_ms": about.load_ms,
         },
-        "rows": phases.iter().map(|phase| row(subject, phase)).collect::<Vec<_>>(),
-        "time_to_first_token": {
-            "ms_median": median(&first_token), "ms_min": first_token.first(), "ms_max": first_token.last(),
-        },
+        "training": args.train,
+        "rows": phases.iter().map(|phase| row(about, phase)).collect::<Vec<_>>(),
+        "time_to_first_token": first_token.first().map(|min| json!({
+            "ms_median": median(&first_token), "ms_min": min, "ms_max": first_token.last(),
+        })),
         "peak_memory_bytes": common::memory("VmHWM"),
     })
 }
 
-fn row(subject: &Subject, phase: &Phase) -> Value {
+fn row(about: &About, phase: &Phase) -> Value {
     let ms = phase.sorted_ms();
     let (median, work) = (median(&ms), phase.runs[0].work);
     json!({
@@ -50,23 +45,22 @@ fn row(subject: &Subject, phase: &Phase) -> Value {
         "tokens_per_second": phase.tokens as f64 / median * 1e3,
         "gbps": work.bytes / median / 1e6, "tflops": work.flops / median / 1e9,
         "stored_bytes": work.stored_bytes, "flops": work.flops, "packed_flops": work.packed_flops,
-        "limit_ms": phase.limit_ms(subject.stored), "percent_of_limit": phase.percent_of_limit(subject.stored),
+        "limit_ms": phase.limit_ms(about.stored), "percent_of_limit": phase.percent_of_limit(about.stored),
     })
 }
 
-fn table(device: Device, subject: &Subject, phases: &[Phase]) -> String {
-    let Subject { name, runner, stored, .. } = subject;
-    let (n_layers, weights) = (runner.model().config().text.n_layers, runner.model().llama().weights());
-    let mut out = format!("{name}, {weights}, {n_layers} layers, on {}\n", runner.ops().name());
+fn table(device: Device, about: &About, phases: &[Phase]) -> String {
+    let About { name, device: device_name, weights, n_layers, .. } = about;
+    let mut out = format!("{name}, {weights}, {n_layers} layers, on {device_name}\n");
     if device == Device::Sim {
         out += "simulated: times and shares say nothing about a GPU\n";
     }
     out += "\n| phase | sequences | tokens | context | ms, median (range) | tokens/s | GB/s | TFLOP/s | % of limit |\n";
     out += "|---|---|---|---|---|---|---|---|---|\n";
     for phase in phases {
-        let (row, ms) = (row(subject, phase), phase.sorted_ms());
+        let (row, ms) = (row(about, phase), phase.sorted_ms());
         let number = |key: &str| row[key].as_f64().unwrap_or_default();
-        let percent = phase.percent_of_limit(*stored).map_or("unknown".into(), |p| format!("{p:.1}"));
+        let percent = phase.percent_of_limit(about.stored).map_or("unknown".into(), |p| format!("{p:.1}"));
         out += &format!(
             "| {} | {} | {} | {} | {:.1} ({:.1} to {:.1}) | {:.2} | {:.1} | {:.3} | {percent} |\n",
             phase.name,
@@ -81,7 +75,10 @@ fn table(device: Device, subject: &Subject, phases: &[Phase]) -> String {
             number("tflops"),
         );
     }
-    out += &format!("\ntime to first token (encode and prefill): {:.1} ms", median(&first_token_ms(phases)));
+    let first_token = first_token_ms(phases);
+    if !first_token.is_empty() {
+        out += &format!("\ntime to first token (encode and prefill): {:.1} ms", median(&first_token));
+    }
     out += &best_peaks(phases).map_or(String::new(), |peaks| format!("\nmeasured peaks: {}", common::peaks_text(&peaks)));
     out += &common::memory("VmHWM").map_or(String::new(), |bytes| format!("\npeak memory: {:.2} GB", bytes as f64 / 1e9));
     out + "\n"

@@ -1,0 +1,105 @@
+//! [`Trial`]: training steps over rows that are made up, to see how long they take.
+
+use super::config::Config;
+use super::flops::{Size, model_flops};
+use super::lora;
+use super::optim::Optimizer;
+use super::run::{passes, trained_whole};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::image::CHANNELS;
+use crate::model::config::LlavaConfig;
+use crate::model::{Batch, Llava, Slot, Tape};
+use crate::ops::GradOps;
+use crate::tensor::Tensor;
+use crate::weights::Source;
+
+/// A model that is trained as a run would, but for its rows: each has one picture, and all are alike.
+pub struct Trial {
+    config: Config,
+    ops: Box<dyn GradOps>,
+    model: Llava,
+    optimizer: Optimizer,
+    n_done: u64,
+}
+
+/// Rows of a step, and the buffers that it takes.
+pub struct Rows {
+    tape: Tape,
+    pixels: Tensor, // [rows, 3, image_size, image_size]
+    slots: Vec<Slot>,
+    is_learned: Vec<bool>,
+    size: Size,
+}
+
+impl Trial {
+    /// A model of the shape `shape` with weights from `source`, on a device that was opened for the dtype of the settings.
+    ///
+    /// # Errors
+    /// If it cannot be trained so.
+    pub fn new(ops: Box<dyn GradOps>, config: Config, shape: &LlavaConfig, source: &dyn Source) -> Result<Self> {
+        let mut model = lora::begin(&*ops, &config, shape, source)?;
+        model.train(&*ops, trained_whole(&config), config.dtype.dtype())?;
+        Ok(Self { optimizer: Optimizer::new(&config), config, ops, model, n_done: 0 })
+    }
+
+    /// The device.
+    pub fn ops(&self) -> &dyn GradOps {
+        &*self.ops
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Llava {
+        &self.model
+    }
+
+    /// `n_rows` rows of `prompt` tokens, those of a picture in their middle, and `answer` tokens more, which are learned.
+    ///
+    /// # Errors
+    /// If a picture has more tokens than the prompt; if there is no memory for a step.
+    pub fn rows(&self, n_rows: usize, prompt: usize, answer: usize) -> Result<Rows> {
+        let config = self.model.config();
+        let n_features = config.tokens_per_image();
+        let Some(before) = prompt.checked_sub(n_features).map(|text| text / 2) else {
+            return Err(Error::usage(format!("a picture takes {n_features} tokens, more than the {prompt} of the prompt")));
+        };
+        let length = prompt + answer;
+        let slot = |i: usize| match (i % length).checked_sub(before) {
+            Some(at) if at < n_features => Slot::Image { feature_row: i / length * n_features + at },
+            _ => Slot::Token((i * 31 % config.text.vocab_size) as u32),
+        };
+        let side = config.vision.image_size;
+        let shape = [n_rows, CHANNELS, side, side];
+        let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| (i * 7919 % 4093) as f32 / 2046.5 - 1.0).collect();
+        let (trained, recompute) = passes(&self.config);
+        Ok(Rows {
+            tape: Tape::plan(&*self.ops, config, trained, n_rows * length, n_rows, recompute)?,
+            pixels: self.ops.upload(Tensor::from_slice(&shape, &values))?,
+            slots: (0..n_rows * length).map(slot).collect(),
+            is_learned: (0..n_rows * length).map(|i| i % length >= prompt).collect(),
+            size: Size { lengths: vec![length; n_rows], n_images: n_rows, n_learned: n_rows * answer },
+        })
+    }
+
+    /// FLOPs of a step ([`model_flops`]).
+    pub fn flops(&self, rows: &Rows) -> f64 {
+        let config = self.model.config();
+        model_flops(config, trained_whole(&self.config), lora::n_added(&self.config, config), &rows.size)
+    }
+
+    /// Makes a step, and waits for its end.
+    ///
+    /// # Errors
+    /// If it fails; if a gradient is not finite.
+    pub fn step(&mut self, rows: &mut Rows) -> Result<()> {
+        let Rows { tape, pixels, slots, is_learned, size } = rows;
+        self.model.set_pass(Some(self.n_done));
+        let batch = Batch { slots, is_learned, lengths: &size.lengths };
+        let scale = self.optimizer.loss_scale().map_or(1.0, |scale| scale.value()) / size.n_learned as f32;
+        self.model.gradients(&*self.ops, tape, Some(pixels), &batch, scale)?;
+        self.optimizer.step(&*self.ops, &mut self.model, 1.0)?;
+        self.n_done += 1;
+        // A device does what it is asked in that order: when this has come from it, all before is done.
+        self.ops.download(&self.ops.alloc(&[1], DType::F32)?).map(drop)
+    }
+}
