@@ -12,28 +12,29 @@ use crate::ops::dropout::Dropout;
 use crate::ops::{Activation, Matrix, RowCopy};
 use crate::tensor::Tensor;
 
+/// Elements of a task: far more than claiming one costs.
+const RUN: usize = 4096;
+
 /// y = silu(gate) ⊙ up, silu(g) = g·σ(g): gate_up rows are `[gate | up]`, `n` of each.
 pub fn silu_mul(isa: Isa, pool: &Pool, y: &mut [f32], gate_up: &[f32], n: usize) {
-    pool.for_rows(y, n, 1, |row, y| {
-        let (gate, up) = gate_up[row * 2 * n..(row + 1) * 2 * n].split_at(n);
-        simd::silu_mul_row(isa, y, gate, up);
+    pool.for_rows(y, n, RUN.div_ceil(n), |first, y| {
+        for (y, gate_up) in y.chunks_exact_mut(n).zip(gate_up[first * 2 * n..].chunks_exact(2 * n)) {
+            let (gate, up) = gate_up.split_at(n);
+            simd::silu_mul_row(isa, y, gate, up);
+        }
     });
 }
 
 /// d_gate = dy ⊙ up ⊙ silu′(gate), d_up = dy ⊙ silu(gate); rows are `[gate | up]`, `n` of each.
 pub fn silu_mul_backward(isa: Isa, pool: &Pool, d_gate_up: &mut [f32], dy: &[f32], gate_up: &[f32], n: usize) {
-    pool.for_rows(d_gate_up, 2 * n, 1, |row, d_gate_up| {
-        let (gate, up) = gate_up[row * 2 * n..(row + 1) * 2 * n].split_at(n);
-        let (d_gate, d_up) = d_gate_up.split_at_mut(n);
-        let dy = &dy[row * n..(row + 1) * n];
-        simd::silu_mul_row(isa, d_up, gate, dy);
-        simd::silu_backward_row(isa, d_gate, dy, gate);
-        d_gate.iter_mut().zip(up).for_each(|(d_gate, up)| *d_gate *= up);
+    pool.for_rows(d_gate_up, 2 * n, RUN.div_ceil(n), |first, d_gate_up| {
+        let rows = dy[first * n..].chunks_exact(n).zip(gate_up[first * 2 * n..].chunks_exact(2 * n));
+        for (d_gate_up, (dy, gate_up)) in d_gate_up.chunks_exact_mut(2 * n).zip(rows) {
+            let ((gate, up), (d_gate, d_up)) = (gate_up.split_at(n), d_gate_up.split_at_mut(n));
+            simd::silu_mul_backward_row(isa, [d_gate, d_up], dy, [gate, up]);
+        }
     });
 }
-
-/// Elements of a task, of ops that have no rows.
-const RUN: usize = 4096;
 
 /// y = f(x)
 pub fn activate(isa: Isa, pool: &Pool, y: &mut [f32], x: &[f32], f: Activation) {

@@ -36,19 +36,19 @@ unsafe fn swish<S: Simd>(x: S::V, a: f32) -> S::V {
     unsafe { S::div(x, S::add(S::splat(1.0), exp::<S>(S::mul(x, S::splat(-a))))) }
 }
 
-/// The derivative of [`swish`]: σ(z)·(1 + z·(1 − σ(z))), z = a·x.
+/// σ(z), and the derivative of [`swish`]: σ(z)·(1 + z·(1 − σ(z))), z = a·x.
 ///
 /// 1 − σ(z) is e⁻ᶻ·σ(z): the difference would have few digits for large z. Below −80, where the slope is no more than 10⁻³³, e⁻ᶻ stays what
 /// it is there, lest it be infinite.
 #[inline(always)]
-unsafe fn swish_slope<S: Simd>(x: S::V, a: f32) -> S::V {
+unsafe fn swish_slope<S: Simd>(x: S::V, a: f32) -> (S::V, S::V) {
     // SAFETY: the caller's.
     unsafe {
         let one = S::splat(1.0);
         let z = S::mul(x, S::splat(a));
         let e = exp::<S>(S::min(S::splat(80.0), S::mul(x, S::splat(-a))));
         let sigma = S::div(one, S::add(one, e));
-        S::mul(sigma, S::fma(z, S::mul(e, sigma), one))
+        (sigma, S::mul(sigma, S::fma(z, S::mul(e, sigma), one)))
     }
 }
 
@@ -172,9 +172,8 @@ macro_rules! map {
 map!(SiluMul, gate, up, S => S::mul(swish::<S>(gate, 1.0), up));
 map!(Gelu, x, _y, S => gelu::<S>(x));
 map!(QuickGelu, x, _y, S => quick_gelu::<S>(x));
-map!(SiluBackward, x, dy, S => S::mul(dy, swish_slope::<S>(x, 1.0)));
 map!(GeluBackward, x, dy, S => S::mul(dy, gelu_slope::<S>(x)));
-map!(QuickGeluBackward, x, dy, S => S::mul(dy, swish_slope::<S>(x, 1.702)));
+map!(QuickGeluBackward, x, dy, S => S::mul(dy, swish_slope::<S>(x, 1.702).1));
 
 /// y = silu(gate) ⊙ up, silu(x) = x·σ(x)
 ///
@@ -200,12 +199,60 @@ pub fn quick_gelu_row(isa: Isa, y: &mut [f32], x: &[f32]) {
     isa.run(Row { y, a: x, b: x, f: PhantomData::<QuickGelu> });
 }
 
-/// dx = dy ⊙ silu′(x)
+/// The gradient of [`silu_mul_row`]: both factors share one σ.
+struct SiluMulBackward<'a> {
+    d_gate: &'a mut [f32],
+    d_up: &'a mut [f32],
+    dy: &'a [f32],
+    gate: &'a [f32],
+    up: &'a [f32],
+}
+
+impl Kernel for SiluMulBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { d_gate, d_up, dy, gate, up } = self;
+        let n = dy.len();
+        assert!([d_gate.len(), d_up.len(), gate.len(), up.len()] == [n; 4], "rows of {n} elements and others");
+        let whole = n - n % S::LANES;
+        let (d_gate, d_up) = (d_gate.as_mut_ptr(), d_up.as_mut_ptr());
+        let (dy, gate, up) = (dy.as_ptr(), gate.as_ptr(), up.as_ptr());
+        // SAFETY: all rows have n elements; whole + LANES > n.
+        unsafe {
+            for i in (0..whole).step_by(S::LANES) {
+                let (of_gate, of_up) = silu_slopes::<S>(S::load(dy.add(i)), S::load(gate.add(i)), S::load(up.add(i)));
+                S::store(d_gate.add(i), of_gate);
+                S::store(d_up.add(i), of_up);
+            }
+            let rest = n - whole;
+            if rest > 0 {
+                let (dy, gate) = (S::load_part(dy.add(whole), rest), S::load_part(gate.add(whole), rest));
+                let (of_gate, of_up) = silu_slopes::<S>(dy, gate, S::load_part(up.add(whole), rest));
+                S::store_part(d_gate.add(whole), of_gate, rest);
+                S::store_part(d_up.add(whole), of_up, rest);
+            }
+        }
+    }
+}
+
+/// (dy·up·silu′(gate), dy·silu(gate))
+#[inline(always)]
+unsafe fn silu_slopes<S: Simd>(dy: S::V, gate: S::V, up: S::V) -> (S::V, S::V) {
+    // SAFETY: the caller's.
+    unsafe {
+        let (sigma, slope) = swish_slope::<S>(gate, 1.0);
+        (S::mul(S::mul(dy, up), slope), S::mul(dy, S::mul(gate, sigma)))
+    }
+}
+
+/// d_gate = dy ⊙ up ⊙ silu′(gate), d_up = dy ⊙ silu(gate)
 ///
 /// # Panics
 /// If the rows differ in length.
-pub fn silu_backward_row(isa: Isa, dx: &mut [f32], dy: &[f32], x: &[f32]) {
-    isa.run(Row { y: dx, a: x, b: dy, f: PhantomData::<SiluBackward> });
+pub fn silu_mul_backward_row(isa: Isa, [d_gate, d_up]: [&mut [f32]; 2], dy: &[f32], [gate, up]: [&[f32]; 2]) {
+    isa.run(SiluMulBackward { d_gate, d_up, dy, gate, up });
 }
 
 /// dx = dy ⊙ gelu′(x)

@@ -14,7 +14,7 @@ mod scalar;
 use std::fmt;
 
 pub(crate) use math::{exp, gelu, quick_gelu};
-pub use math::{gelu_backward_row, gelu_row, quick_gelu_backward_row, quick_gelu_row, silu_backward_row, silu_mul_row};
+pub use math::{gelu_backward_row, gelu_row, quick_gelu_backward_row, quick_gelu_row, silu_mul_backward_row, silu_mul_row};
 pub use scalar::Scalar;
 
 use crate::dtype::Element;
