@@ -1,16 +1,17 @@
 """Training rows that are no conversations: lessons, each of which teaches one thing that answers need.
 
     patches   what each patch shows, all of them in turn: 64 words for a picture teach the tower to see, and the decoder to read a patch
+    places    the same, and of scenes with few objects also which from the left (right, top, bottom) each is, and how many are like it
     pairs     each object's words in turn, in any order: a word finds the patches that show it, and these say what else they show
     restated  short questions, whose answers begin with what was asked about: the same, asked
-    drills    the same questions with answers of a word or two
+    order     the same, mostly about what stands where: answers say on the way which object is which
 
 From conversations alone a model of this size learns to look up nothing for thousands of steps: most of their words can be guessed.
 """
 
 import numpy as np
 
-from scenes import NUMBER
+from scenes import COLOUR_NAMES, MIN_GAP, NUMBER, SHAPES, SIDES, plural
 
 GRID = 8  # patches in a row
 
@@ -27,20 +28,56 @@ def patch_objects(scene, pad):
     return out.reshape(-1)
 
 
-# All of one length in tokens: each word of an answer then lies as far behind its patch.
-PATCH_QUESTIONS = {
-    "What shape is where?": lambda scene, k: scene.objects[k].shape,
-    "What color is where?": lambda scene, k: scene.objects[k].colour,
-    "What size is where?": lambda scene, k: scene.objects[k].size,
-    "What number is where?": lambda scene, k: NUMBER[k + 1],
+def rank(scene, o, key):
+    """Which `o` is, in words: one, two or three by `key`."""
+    return NUMBER[sum(key(p) < key(o) for p in scene.objects) + 1]
+
+
+def how_many(scene, value, key):
+    return NUMBER[sum(key(o) == value for o in scene.objects)]
+
+
+# All of one length in tokens: each word of an answer then lies as far behind its patch. What an object is:
+KINDS = {
+    "What shape is where?": lambda scene, o: o.shape,
+    "What color is where?": lambda scene, o: o.colour,
+    "What size is where?": lambda scene, o: o.size,
+}
+# Where it is among the others and how many are like it: in scenes of at most three.
+PLACES = {
+    "What left is where?": lambda scene, o: rank(scene, o, lambda p: p.x),
+    "What right is where?": lambda scene, o: rank(scene, o, lambda p: -p.x),
+    "What top is where?": lambda scene, o: rank(scene, o, lambda p: p.y),
+    "What bottom is where?": lambda scene, o: rank(scene, o, lambda p: -p.y),
+    "What shapes is where?": lambda scene, o: how_many(scene, o.shape, lambda p: p.shape),
+    "What colour is where?": lambda scene, o: how_many(scene, o.colour, lambda p: p.colour),
+}
+# Of the whole picture, so that every patch says it.
+WHOLE = {
+    "What objects is where?": lambda scene: NUMBER[len(scene.objects)],
+    "What background is where?": lambda scene: scene.background,
 }
 
 
-def patches(scene, pad, crowded):
-    """Three turns; objects have numbers, from left to right, where there are few."""
+def patches(scene, pad, crowded, rng):
+    """Three turns of 64 words each, in any order, or what is asked would be told by the turn."""
     shown = patch_objects(scene, pad)
-    questions = [q for q in PATCH_QUESTIONS if q != ("What number is where?" if crowded else "What size is where?")]
-    return [(q, " ".join("no" if k < 0 else PATCH_QUESTIONS[q](scene, k) for k in shown)) for q in questions]
+    if crowded:
+        questions = [*KINDS]
+    else:
+        questions = rng.sample([*KINDS, *PLACES], 3)
+        if rng.random() < 0.25:  # what all patches say is learnt soon
+            questions[0] = rng.choice([*WHOLE])
+    rng.shuffle(questions)
+    turns = []
+    for question in questions:
+        if question in WHOLE:
+            words = [WHOLE[question](scene)] * len(shown)
+        else:
+            say = KINDS.get(question) or PLACES[question]
+            words = ["no" if k < 0 else say(scene, scene.objects[k]) for k in shown]
+        turns.append((question, " ".join(words)))
+    return turns
 
 
 def pairs(scene, rng):
@@ -50,52 +87,66 @@ def pairs(scene, rng):
         return rng.sample(scene.objects, len(scene.objects))
 
     return [
-        ("Objects by color?", " ".join(f"{o.colour} {o.shape} {o.size}" for o in shuffled())),
-        ("Objects by shape?", " ".join(f"{o.shape} {o.colour} {o.size}" for o in shuffled())),
+        ("objects by color?", " ".join(f"{o.colour} {o.shape} {o.size}" for o in shuffled())),
+        ("objects by shape?", " ".join(f"{o.shape} {o.colour} {o.size}" for o in shuffled())),
     ]
 
 
-def drills(scene, rng, turns, crowded, restated):
-    """At most `turns` short questions, each about an object that its words tell from all others.
+AXES = {"left": lambda o: o.x, "right": lambda o: o.x, "above": lambda o: o.y, "below": lambda o: o.y}
 
-    `restated`: answers begin with these words, so that one step leads from each to the next, as in `pairs`.
-    """
-    out = []
+
+def restated(scene, rng, turns, crowded, share):
+    """At most `turns` short questions, in words that each are one token; answers begin with what was asked about, so that one step leads
+    from each word to the next. `share` of them at most are about what stands where, of which crowds have none."""
+    out, order = [], []
+    by_height = sorted(scene.objects, key=lambda o: o.y)
+    is_clear = all(b.y - a.y >= MIN_GAP for a, b in zip(by_height, by_height[1:]))  # what stands above what
 
     def is_only(o, *keys):
         return sum(all(getattr(o, key) == getattr(p, key) for key in keys) for p in scene.objects) == 1
 
-    def ask(what, reference, answer):
-        said = reference.removesuffix(" object")
-        out.append((f"{what} of the {reference}?", f"{said} {answer}" if restated else answer))
+    def ask(what, reference, answer, out=out):
+        """`reference` tells one object from all others."""
+        out.append((f"{what} {reference}?", f"{reference.removesuffix(' object')} {answer}"))
 
     for k, o in enumerate(scene.objects):
         names = [o.name]
         if is_only(o, "shape"):
-            ask("Color", o.shape, o.colour)
-            ask("Size", o.shape, o.size)
+            ask("color of", o.shape, o.colour)
+            ask("size of", o.shape, o.size)
             names.append(o.shape)
         if is_only(o, "colour"):
-            ask("Shape", f"{o.colour} object", o.shape)
-            ask("Size", f"{o.colour} object", o.size)
+            ask("shape of", f"{o.colour} object", o.shape)
+            ask("size of", f"{o.colour} object", o.size)
             names.append(f"{o.colour} object")
         if is_only(o, "size"):
-            ask("Shape", f"{o.size} object", o.shape)
-            ask("Color", f"{o.size} object", o.colour)
+            ask("shape of", f"{o.size} object", o.shape)
+            ask("color of", f"{o.size} object", o.colour)
         if is_only(o, "size", "shape"):
-            ask("Color", f"{o.size} {o.shape}", o.colour)
+            ask("color of", f"{o.size} {o.shape}", o.colour)
         if is_only(o, "size", "colour"):
-            ask("Shape", f"{o.size} {o.colour} object", o.shape)
-        ask("Size", o.name, o.size)
+            ask("shape of", f"{o.size} {o.colour} object", o.shape)
+        ask("size of", o.name, o.size)
         if not crowded:
             number = NUMBER[k + 1]
-            ask("Number", rng.choice(names), number)
-            out.append((f"Object {number}?", f"{number} {o.size} {o.name}" if restated else f"{o.size} {o.name}"))
-            for side, there in (("Right", k + 1), ("Left", k - 1)):
-                is_there = 0 <= there < len(scene.objects)
-                name, answer = rng.choice(names), scene.objects[there].name if is_there else "Nothing"
-                # by way of numbers: whose neighbour, its number, the neighbour's number
-                way = [name.removesuffix(" object"), number, *([NUMBER[there + 1]] if is_there else [])]
-                out.append((f"{side} of the {name}?", " ".join([*way, answer]) if restated else answer))
-    rng.shuffle(out)
-    return out[:turns]
+            ask("which one is", rng.choice(names), number, order)
+            order.append((f"object {number}?", f"{number} {o.size} {o.name}"))
+            for side, along in AXES.items():
+                if side in ("left", "right") or is_clear:
+                    # by way of numbers: which it is, counted along the axis, and which the others are that stand there
+                    found = [f"{rank(scene, p, along)} {p.name}" for p in scene.objects if SIDES[side][1](p, o)]
+                    ask(f"{side} of", rng.choice(names), " ".join([rank(scene, o, along), *(found or ["Nothing"])]), order)
+    if not crowded:
+        for shape in sorted({rng.choice(SHAPES), *(o.shape for o in scene.objects)}):
+            out.append((f"many {plural(shape)}?", f"{plural(shape)} {how_many(scene, shape, lambda o: o.shape)}"))
+        for colour in sorted({rng.choice(COLOUR_NAMES), *(o.colour for o in scene.objects)}):
+            out.append((f"many {colour} objects?", f"{colour} {how_many(scene, colour, lambda o: o.colour)}"))
+        ends = {"leftmost": scene.objects[0], "rightmost": scene.objects[-1]}
+        if is_clear:
+            ends |= {"highest": by_height[0], "lowest": by_height[-1]}
+        order += [(f"object {end}?", f"{end} {o.size} {o.name}") for end, o in ends.items()]
+    rng.shuffle(order)
+    order = order[: round(share * turns)]
+    chosen = order + rng.sample(out, min(len(out), turns - len(order)))
+    rng.shuffle(chosen)
+    return chosen

@@ -1,6 +1,6 @@
 """Write rows with their picture files, as LLaVA JSON: to train by, or to evaluate by; or one scene.
 
-    python make_data.py patches --out data/patches --count 12000       # also pairs, restated, drills, talk
+    python make_data.py patches --out data/patches --count 12000       # also places, pairs, restated, order, talk
     python make_data.py eval --out eval --count 300
     python make_data.py scene --out scene.png --first-seed 1 --width 448 --height 336
 """
@@ -44,36 +44,37 @@ def model_input(image, pad):
 
 
 LESSON_SEED = 500_000_000
+CROWDED = {"patches": 1, "places": 1 / 2, "pairs": 1, "restated": 1 / 2, "order": 1 / 8, "talk": 0}  # shares of pictures
+
+ORDER_SHARE = {"restated": 1 / 3, "order": 3 / 4}  # of short questions, those about what stands where
 
 
 def training_rows(what, folder, turns, i):
     """The rows of picture `i`, which is written as the model sees it."""
     rng = random.Random(f"{what} {i}")
     pad = rng.random() < PAD_SHARE
-    is_drill = what in ("restated", "drills")
-    crowded = what in ("patches", "pairs") or (is_drill and i % 2 == 0)
+    crowded = rng.random() < CROWDED[what]
     seed = i if what == "talk" else LESSON_SEED + i
     scene = sample_scene(seed, crowded=crowded)
-    while is_drill and crowded and len(scene.objects) > 6:  # or few words would name one alone
-        scene = sample_scene(rng.randrange(LESSON_SEED, EVAL_SEED), crowded=True)
+    while what in ORDER_SHARE and not 2 <= len(scene.objects) <= 6:  # of more, few words name one alone
+        scene = sample_scene(rng.randrange(LESSON_SEED, EVAL_SEED), crowded=crowded)
     name = f"{what}/{i}.png"
     Image.fromarray(model_input(render(scene), pad)).save(folder / f"{i}.png", compress_level=3)
+    rows = []
     if what == "talk":
         talk = [(question, answer) for _, question, answer in conversation(scene, seed, turns, weights=TRAINING_WEIGHTS)]
-        rows = [talk]
+        rows.append(talk)
         if i % 4 == 1:
             # llava-hf's chat template has a space, and no "</s>", between turns: such a row has them in its one question
             last = rng.randrange(1, min(4, turns))
             rows.append([(" USER: ".join(f"{q} ASSISTANT: {a}" for q, a in talk[:last]) + f" USER: {talk[last][0]}", talk[last][1])])
-    elif what == "pairs":
-        rows = [lessons.pairs(scene, rng) + lessons.pairs(scene, rng)]
-    else:
-        rows = [lessons.drills(scene, rng, turns, crowded, what == "restated")] if is_drill else []
+    if what in ORDER_SHARE:
+        rows.append(lessons.restated(scene, rng, turns, crowded, ORDER_SHARE[what]))
     # What was learnt before is not to be forgotten.
-    if what == "restated" and i % 4 == 2:
+    if what == "pairs" or (what == "restated" and i % 4 == 2):
         rows.append(lessons.pairs(scene, rng) + lessons.pairs(scene, rng))
-    if what == "patches" or i % 16 < 2:
-        rows.append(lessons.patches(scene, pad, crowded))
+    if what in ("patches", "places") or i % 8 == 0:
+        rows.append(lessons.patches(scene, pad, crowded, rng))
     return [{"id": f"{name} {k}", "image": name, "conversations": said(row)} for k, row in enumerate(rows)]
 
 
@@ -116,7 +117,7 @@ def write_eval(folder, count, turns, first_seed, side=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["patches", "pairs", "restated", "drills", "talk", "eval", "scene"])
+    parser.add_argument("what", choices=[*CROWDED, "eval", "scene"])
     parser.add_argument("--out", required=True)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--turns", type=int, default=4)

@@ -18,13 +18,13 @@ data() {
   [ -e "$out/data/$1/rows.json" ] || "$python" "$here/make_data.py" "$1" --out "$out/data/$1" --count "$2" --turns "$3"
 }
 
-# lesson NAME MODEL STEPS RATE FLAGS...: what is learnt comes from data/NAME
+# lesson NAME MODEL STEPS RATE FLAGS...: what is learnt comes from data/NAME, without what follows a dash
 lesson() {
   local name=$1 model=$2 steps=$3 rate=$4
   shift 4
   [ -e "$out/$name/config.json" ] && return
   "$engine" finetune --model "$model" --output "$out/$name" --resume --tune full --tune-vision full --template hf --dtype f32 \
-    --data "$out/data/$name/rows.json" --image-folder "$out/data" --max-steps "$steps" --epochs 100 --batch-size 16 --accumulation 1 \
+    --data "$out/data/${name%-*}/rows.json" --image-folder "$out/data" --max-steps "$steps" --epochs 100 --batch-size 16 --accumulation 1 \
     --recompute selective --lr "$rate" --warmup-steps 100 --beta2 0.98 --weight-decay 0.05 --save-steps 250 --log-steps 25 "$@"
 }
 
@@ -34,12 +34,15 @@ if [ "$size" = quick ]; then
   exit
 fi
 data patches 12000 0
-data pairs 12000 0
-data restated 12000 16
-data drills 12000 16
-data talk 48000 10
 lesson patches "$out/shape" 300 1.2e-3 --init random --schedule constant
-lesson pairs "$out/patches" 1500 1.2e-3 --schedule constant
-lesson restated "$out/pairs" 2000 1.2e-3 --schedule constant
-lesson drills "$out/restated" 1000 1.2e-3 --schedule constant
-lesson talk "$out/drills" 6000 1.2e-3 --schedule cosine
+data places 24000 0
+lesson places "$out/patches" 2400 1.2e-3 --schedule constant
+data pairs 12000 0
+lesson pairs "$out/places" 600 1.2e-3 --schedule constant
+data restated 12000 16
+lesson restated "$out/pairs" 1500 1.2e-3 --schedule constant
+data order 24000 16
+lesson order "$out/restated" 1500 1.2e-3 --schedule constant
+data talk 72000 10
+lesson talk-v1 "$out/order" 1500 1.2e-3 --schedule constant --template v1
+lesson talk "$out/talk-v1" 8000 1.2e-3 --schedule cosine --data "$out/data/order/rows.json"
