@@ -9,7 +9,8 @@
 //!
 //! `image` is a path within a folder that is named beside the file; it may be a list of them, or missing, and then the row is text only.
 //! A first turn that is not the user's is dropped, and a picture's mark is moved to the front of its turn, as LLaVA's own code does. Where
-//! that goes on silently with another number of marks than pictures, or a mark in an answer, such a row is an error here.
+//! that goes on silently with another number of marks than pictures, or a mark in an answer, such a row is an error here. A row may begin with
+//! `{"from": "system", "value": ...}`, which LLaVA's own code cannot read and other trainers can: its system prompt, in place of the template's.
 
 mod file;
 
@@ -37,6 +38,8 @@ pub struct Row {
     pub id: String,
     /// Its pictures, in the order of their marks.
     pub images: Vec<PathBuf>,
+    /// Its system prompt, which stands in place of the template's.
+    pub system: Option<String>,
     /// What was asked and answered; at least one exchange.
     pub exchanges: Vec<Exchange>,
     /// Words of all turns, by which LLaVA's own code sorts rows by length.
@@ -221,12 +224,20 @@ fn checked(file: &Path, image_folder: &Path, number: usize, written: Written) ->
     };
     let turns = written.conversations;
     let n_words = turns.iter().map(|t| t.value.split(is_space).filter(|word| !word.is_empty()).count()).sum();
-    let mut row = Row { file: file.to_owned(), number, id, images, exchanges: Vec::new(), n_words };
+    let (system, turns) = match &turns[..] {
+        [first, rest @ ..] if first.from == "system" => (Some(first.value.clone()), rest),
+        turns => (None, turns),
+    };
+    let mut row = Row { file: file.to_owned(), number, id, images, system, exchanges: Vec::new(), n_words };
     if turns.is_empty() {
         return Err(row.fault(Fault::Empty, "it has no turns"));
     }
     if let Some(turn) = turns.iter().find(|t| t.from != "human" && t.from != "gpt") {
-        return Err(row.fault(Fault::Roles, format!("a turn is from `{}`: turns are from `human` or `gpt`", turn.from)));
+        let problem = match &*turn.from {
+            "system" => "a turn is from `system` behind the first: one may stand in front of all others",
+            _ => &format!("a turn is from `{}`: turns are from `human` or `gpt`", turn.from),
+        };
+        return Err(row.fault(Fault::Roles, problem));
     }
     // As in LLaVA's own code, an answer to nothing is dropped.
     let turns = &turns[usize::from(turns[0].from == "gpt")..];

@@ -50,6 +50,7 @@ fn unseen() -> Vec<Row> {
         number: i + 1,
         id: String::new(),
         images: vec![fixture("demo").join(text(&scene["image"]))],
+        system: None,
         exchanges: (scene["turns"].as_array().unwrap().iter().enumerate())
             .map(|(i, t)| Exchange { question: text(&t["question"]), n_images: usize::from(i == 0), answer: text(&t["answer"]) })
             .collect(),
@@ -178,7 +179,7 @@ fn the_report_is_that_of_the_weights() {
             for ((engine, loss), kl) in engines.iter_mut().zip(&mut losses).zip(&mut kls) {
                 let score = engine.score(&whole, &images).unwrap();
                 *loss -= answers.iter().map(|&i| f64::from(score.logprobs[i - 1])).sum::<f64>();
-                let example = engine.example(&turns, 1).unwrap();
+                let example = engine.example(None, &turns, 1).unwrap();
                 assert_eq!(example.slots, slots, "row {}", row.number);
                 let (mut tokens, mut got) = (Vec::new(), Vec::new());
                 engine
@@ -243,7 +244,7 @@ fn answers_are_told_from_the_rest() {
     ] {
         let options = EngineOptions { device: Device::Cpu, template: template.map(str::to_owned), ..Default::default() };
         let engine = Engine::open(demo(), &options).unwrap();
-        let example = engine.example(&turns, 1).unwrap();
+        let example = engine.example(None, &turns, 1).unwrap();
         let mut answers: Vec<String> = Vec::new();
         for (i, is_answer) in example.is_answer.iter().enumerate() {
             assert_eq!(example.answer(i).is_some(), *is_answer);
@@ -260,7 +261,7 @@ fn answers_are_told_from_the_rest() {
         assert_eq!(got, expected.collect::<Vec<_>>(), "{template:?}");
         assert_eq!(example.n_answer_tokens(), example.is_answer.iter().filter(|a| **a).count());
         for turns in [&turns[..1], &[], &turns[..3]] {
-            assert!(engine.example(turns, 1).is_err(), "{template:?}: {} turns", turns.len());
+            assert!(engine.example(None, turns, 1).is_err(), "{template:?}: {} turns", turns.len());
         }
     }
 }

@@ -306,6 +306,42 @@ fn several_images_stand_in_front_of_their_question() {
 }
 
 #[test]
+fn a_row_may_have_its_own_system_prompt() {
+    let (_name, tokenizer) = &tokenizers(&fixture("tokenizer/tokenizer.model"))[0];
+    let row = |system: &str| {
+        let system = format!(r#"{{"from": "system", "value": "{system}"}}, "#);
+        let system = if system.contains("\"\"") { "" } else { &system };
+        rows(&format!(r#"{{"conversations": [{system}{{"from": "human", "value": "q"}}, {{"from": "gpt", "value": "a"}}]}}"#))
+            .1
+            .row(0)
+            .unwrap()
+    };
+    let text = |template: &str, system: &str| {
+        let stretches = masker(tokenizer, template, 999).preview(&row(system)).unwrap();
+        let text = |s: Stretch| match s {
+            Stretch::Context(text) => text,
+            Stretch::Learnt(text) => format!("[{text}]"),
+            _ => panic!("{s:?}"),
+        };
+        stretches.into_iter().map(text).collect::<String>()
+    };
+    for (template, expected) in [
+        ("hf", "S USER: q ASSISTANT:[ a</s>]"),
+        ("v1", "S USER: q ASSISTANT:[ a</s>]"),
+        ("v0", "S\n\n[###] Human: q\n[### Assistant: a\n### ]"),
+        ("mpt", "<|im_start|>system\nS<|im_end|><|im_start|>user\nq<|im_end|><|im_start|>assistant\n[a<|im_end|>]"),
+        ("llama_2", "[INST] <<SYS>>\nS\n<</SYS>>\n\nq [/INST][ a </s>]"),
+    ] {
+        assert_eq!(text(template, "S"), expected, "{template}");
+    }
+    // With the words of v1, the template that has none becomes it.
+    let whole = text("v1", "");
+    let words = whole.split(" USER:").next().unwrap();
+    assert!(words.len() > 100);
+    assert_eq!(text("hf", words), whole);
+}
+
+#[test]
 fn rows_with_nothing_to_learn_are_errors_of_their_own() {
     let tokenizer = &tokenizers(&fixture("tokenizer/tokenizer.model"))[0].1;
     let turns = |answer: &str| {

@@ -37,23 +37,23 @@ impl Example {
 }
 
 impl Engine {
-    /// Lays a conversation out that ends with an answer, with `n_images` pictures.
+    /// Lays a conversation out that ends with an answer, with `n_images` pictures; `system` stands instead of the template's own system prompt.
     ///
     /// An answer begins where the tokens of the prompt before it end, and ends where the tokens of the conversation up to it do; white
     /// space that the template puts after it belongs to nobody and is left out at the end.
     ///
     /// # Errors
     /// As [`Engine::tokenize`]; if the conversation does not end with an answer, or one of its answers has no token of its own.
-    pub fn example(&self, turns: &[Turn], n_images: usize) -> Result<Example> {
+    pub fn example(&self, system: Option<&str>, turns: &[Turn], n_images: usize) -> Result<Example> {
         if turns.last().is_none_or(|t| !t.is_answer) {
             return Err(Error::usage("the conversation does not end with an answer"));
         }
-        let slots = self.slots_of(turns, n_images)?;
+        let slots = self.slots_of(system, turns, n_images)?;
         let mut is_answer = vec![false; slots.len()];
         for (i, turn) in turns.iter().enumerate().filter(|(_, turn)| turn.is_answer) {
             let n_images = turns[..i].iter().map(|t| t.n_images).sum();
             let shared = |turns: &[Turn]| {
-                Ok::<_, Error>(self.slots_of(turns, n_images)?.iter().zip(&slots).take_while(|(a, b)| a == b).count())
+                Ok::<_, Error>(self.slots_of(system, turns, n_images)?.iter().zip(&slots).take_while(|(a, b)| a == b).count())
             };
             let (start, end) = (shared(&turns[..i])?, shared(&turns[..=i])?);
             if start >= end {
@@ -66,8 +66,8 @@ impl Engine {
     }
 
     /// Positions of a conversation, without white space at its end.
-    fn slots_of(&self, turns: &[Turn], n_images: usize) -> Result<Vec<Slot>> {
-        let mut slots = self.tokenize(&self.render(None, turns)?, n_images)?.slots;
+    fn slots_of(&self, system: Option<&str>, turns: &[Turn], n_images: usize) -> Result<Vec<Slot>> {
+        let mut slots = self.tokenize(&self.render(system, turns)?, n_images)?.slots;
         let is_space = |slot: &Slot| matches!(slot, Slot::Token(id) if !self.tokenizer.is_special(*id) && self.tokenizer.decode(&[*id]).trim().is_empty());
         // Of a prompt it stays: it is what the answer follows.
         if turns.last().is_some_and(|turn| turn.is_answer) {

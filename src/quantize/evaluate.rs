@@ -1,7 +1,7 @@
 //! [`Evaluation`]: what quantizing has cost, on answers that it was not calibrated by.
 
 use crate::data::Row;
-use crate::engine::{Engine, Turn, log_sum_exp};
+use crate::engine::{Engine, Example, Turn, log_sum_exp};
 use crate::error::{Error, Result};
 
 /// A model before and after, over the tokens of held-out answers.
@@ -26,10 +26,14 @@ impl Evaluation {
     }
 }
 
-/// The turns of a row.
-pub(super) fn turns(row: &Row) -> Vec<Turn> {
+/// A row as `engine` reads it.
+///
+/// # Errors
+/// As [`Engine::example`], with the row's place.
+pub(super) fn example(engine: &Engine, row: &Row) -> Result<Example> {
     let turns = row.exchanges.iter().map(|e| [Turn::user(&e.question, e.n_images), Turn::assistant(&e.answer)]);
-    turns.flatten().collect()
+    let turns: Vec<Turn> = turns.flatten().collect();
+    engine.example(row.system.as_deref(), &turns, row.images.len()).map_err(|e| row.error(e))
 }
 
 /// Compares two models on `rows`, of which there is at least one.
@@ -39,9 +43,8 @@ pub(super) fn turns(row: &Row) -> Vec<Turn> {
 pub fn evaluate(dense: &mut Engine, quantized: &mut Engine, rows: &[Row]) -> Result<Evaluation> {
     let mut sums = Evaluation { n_rows: rows.len(), ..Evaluation::default() };
     for row in rows {
-        let (turns, images) = (turns(row), row.load_images()?);
-        let example = dense.example(&turns, images.len()).map_err(|e| row.error(e))?;
-        if quantized.example(&turns, images.len()).map_err(|e| row.error(e))? != example {
+        let (example, images) = (example(dense, row)?, row.load_images()?);
+        if self::example(quantized, row)? != example {
             return Err(Error::usage("the two models read a text as different tokens: they cannot be compared"));
         }
         let mut expected: Vec<Vec<f64>> = Vec::with_capacity(example.n_answer_tokens());

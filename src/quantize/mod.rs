@@ -258,8 +258,7 @@ impl<'a> Data<'a> {
             ..EngineOptions::default()
         };
         let engine = Engine::open(model, &options)?;
-        let example = |row: &Row| engine.example(&evaluate::turns(row), row.images.len()).map_err(|e| row.error(e));
-        let examples = calibration.rows.iter().map(example).collect::<Result<_>>()?;
+        let examples = calibration.rows.iter().map(|row| evaluate::example(&engine, row)).collect::<Result<_>>()?;
         Ok(Self { engine, options, calibration, examples })
     }
 

@@ -122,6 +122,9 @@ impl Masker<'_> {
     /// The conversation of a row and its ids.
     fn place(&self, row: &Row) -> Result<(Supervised, Vec<PlacedId>), RowError> {
         let mut conversation = Conversation::new(self.template);
+        if let Some(system) = &row.system {
+            conversation = conversation.with_system(system);
+        }
         for exchange in &row.exchanges {
             conversation.add_user(&exchange.question, exchange.n_images).add_assistant(&exchange.answer);
         }
