@@ -232,20 +232,7 @@ template <typename T, int D> __device__ inline void attention_mma(const Work<T>&
                         sum[half] += s[n][i];
                     }
             }
-            // o += P·V: the sums of two neighbouring fragments are the operand of the next product as they lie.
-#pragma unroll
-            for (int k = 0; k < MMA_TOKENS / 16; ++k) {
-                const uint32_t p[4] = {pack2<T>(s[2 * k][0], s[2 * k][1]), pack2<T>(s[2 * k][2], s[2 * k][3]),
-                                       pack2<T>(s[2 * k + 1][0], s[2 * k + 1][1]), pack2<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
-#pragma unroll
-                for (int n = 0; n < D / 16; ++n) {
-                    uint32_t b[4];
-                    ldmatrix_x4_trans(b, v_tile + (16 * k + lane % 16) * STRIDE + 16 * n + lane / 16 * 8);
-                    const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-                    mma_m16n8k16<T>(o[2 * n], p, low);
-                    mma_m16n8k16<T>(o[2 * n + 1], p, high);
-                }
-            }
+            accumulate<T, D>(o, s, v_tile);
         }
         // The next tile is there, and all are done with this one, whose place the one after the next takes.
         async_copy_wait<0>();

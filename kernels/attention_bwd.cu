@@ -126,26 +126,6 @@ template <typename T, int D> __device__ inline void multiply(float (&s)[MMA_PASS
     }
 }
 
-// sums += s·Y, s rounded to T: the sums of two neighbouring fragments are the operand of the next product as they lie.
-template <typename T, int D>
-__device__ inline void accumulate(float (&sums)[D / 8][4], const float (&s)[MMA_PASS / 8][4], const T* passing) {
-    constexpr int STRIDE = MmaTile<D>::STRIDE;
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int k = 0; k < MMA_PASS / 16; ++k) {
-        const uint32_t a[4] = {pack2<T>(s[2 * k][0], s[2 * k][1]), pack2<T>(s[2 * k][2], s[2 * k][3]),
-                               pack2<T>(s[2 * k + 1][0], s[2 * k + 1][1]), pack2<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
-#pragma unroll
-        for (int n = 0; n < D / 16; ++n) {
-            uint32_t b[4];
-            ldmatrix_x4_trans(b, passing + (16 * k + lane % 16) * STRIDE + 16 * n + lane / 16 * 8);
-            const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-            mma_m16n8k16<T>(sums[2 * n], a, low);
-            mma_m16n8k16<T>(sums[2 * n + 1], a, high);
-        }
-    }
-}
-
 // Writes a warp's own rows from `row` on.
 template <typename T, int D>
 __device__ inline void write(const Rows<T>& to, const float (&sums)[D / 8][4], float scale, int row, int n_rows, int head_dim) {
