@@ -6,8 +6,7 @@ use super::lora;
 use super::optim::Optimizer;
 use super::run::{passes, trained_whole};
 use crate::dtype::DType;
-use crate::error::{Error, Result};
-use crate::image::CHANNELS;
+use crate::error::Result;
 use crate::model::config::LlavaConfig;
 use crate::model::{Batch, Llava, Slot, Tape};
 use crate::ops::GradOps;
@@ -53,31 +52,25 @@ impl Trial {
         &self.model
     }
 
-    /// `n_rows` rows of `prompt` tokens, those of a picture in their middle, and `answer` tokens more, which are learned.
+    /// Rows of `prompt` and `answer`, which is learned, one for each of the pictures `pixels` `[rows, 3, image_size, image_size]`.
     ///
     /// # Errors
-    /// If a picture has more tokens than the prompt; if there is no memory for a step.
-    pub fn rows(&self, n_rows: usize, prompt: usize, answer: usize) -> Result<Rows> {
+    /// If there is no memory for a step.
+    pub fn rows(&self, pixels: Tensor, prompt: &[Slot], answer: &[u32]) -> Result<Rows> {
         let config = self.model.config();
-        let n_features = config.tokens_per_image();
-        let Some(before) = prompt.checked_sub(n_features).map(|text| text / 2) else {
-            return Err(Error::usage(format!("a picture takes {n_features} tokens, more than the {prompt} of the prompt")));
+        let (n_rows, length) = (pixels.rows(), prompt.len() + answer.len());
+        let slot = |i: usize| match prompt.get(i % length) {
+            Some(Slot::Image { feature_row }) => Slot::Image { feature_row: i / length * config.tokens_per_image() + feature_row },
+            Some(token) => *token,
+            None => Slot::Token(answer[i % length - prompt.len()]),
         };
-        let length = prompt + answer;
-        let slot = |i: usize| match (i % length).checked_sub(before) {
-            Some(at) if at < n_features => Slot::Image { feature_row: i / length * n_features + at },
-            _ => Slot::Token((i * 31 % config.text.vocab_size) as u32),
-        };
-        let side = config.vision.image_size;
-        let shape = [n_rows, CHANNELS, side, side];
-        let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| (i * 7919 % 4093) as f32 / 2046.5 - 1.0).collect();
         let (trained, recompute) = passes(&self.config);
         Ok(Rows {
             tape: Tape::plan(&*self.ops, config, trained, n_rows * length, n_rows, recompute)?,
-            pixels: self.ops.upload(Tensor::from_slice(&shape, &values))?,
+            pixels: self.ops.upload(pixels)?,
             slots: (0..n_rows * length).map(slot).collect(),
-            is_learned: (0..n_rows * length).map(|i| i % length >= prompt).collect(),
-            size: Size { lengths: vec![length; n_rows], n_images: n_rows, n_learned: n_rows * answer },
+            is_learned: (0..n_rows * length).map(|i| i % length >= prompt.len()).collect(),
+            size: Size { lengths: vec![length; n_rows], n_images: n_rows, n_learned: n_rows * answer.len() },
         })
     }
 

@@ -5,10 +5,11 @@ use std::io::IsTerminal;
 use std::time::Instant;
 
 use llava_engine::dtype::DType;
-use llava_engine::error::Result;
+use llava_engine::error::{Error, Result};
 use llava_engine::infer::kv::PageTable;
 use llava_engine::infer::runner::{Runner, Step};
 use llava_engine::model::Slot;
+use llava_engine::model::config::LlavaConfig;
 use llava_engine::ops::{Ops, Peaks};
 use llava_engine::profile::{OpRecord, Records};
 use llava_engine::tensor::Tensor;
@@ -21,7 +22,7 @@ fn limit_ms(work: &OpRecord, peaks: &Peaks, stored: DType) -> Option<f64> {
 }
 
 /// What all ops have done so far.
-fn so_far(records: &Records) -> OpRecord {
+pub fn so_far(records: &Records) -> OpRecord {
     OpRecord::sum(records.snapshot().into_iter().map(|(_, record)| record))
 }
 
@@ -117,22 +118,43 @@ pub fn say(what: &str) {
     }
 }
 
+/// Pixel values `[n_images, 3, image_size, image_size]` of no picture.
+pub fn made_up_pixels(n_images: usize, config: &LlavaConfig) -> Tensor {
+    let side = config.vision.image_size;
+    let shape = [n_images, 3, side, side];
+    let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| (i * 7919 % 4093) as f32 / 2046.5 - 1.0).collect();
+    Tensor::from_slice(&shape, &values)
+}
+
+/// A token of no text.
+pub fn made_up_token(i: usize, config: &LlavaConfig) -> u32 {
+    (i * 31 % config.text.vocab_size) as u32
+}
+
+/// A prompt of `n` tokens, those of a picture in its middle.
+///
+/// # Errors
+/// If the picture's are more.
+pub fn made_up_prompt(n: usize, config: &LlavaConfig) -> Result<Vec<Slot>> {
+    let image_tokens = config.tokens_per_image();
+    let Some(n_text) = n.checked_sub(image_tokens) else {
+        return Err(Error::usage(format!("--prompt-tokens {n}: a picture alone takes {image_tokens} tokens of this model")));
+    };
+    let slot = |i: usize| match i.checked_sub(n_text / 2) {
+        Some(feature_row) if feature_row < image_tokens => Slot::Image { feature_row },
+        _ => Slot::Token(made_up_token(i, config)),
+    };
+    Ok((0..n).map(slot).collect())
+}
+
 /// Runs every phase as often as `args` say, in turn: encoding one picture, reading one prompt with it, and decoding, for each batch size.
 pub fn measure(args: &Args, subject: &mut Subject) -> Result<Vec<Phase>> {
     let config = subject.runner.model().config().clone();
-    let (image_tokens, size, vocab_size) = (config.tokens_per_image(), config.vision.image_size, config.text.vocab_size);
     let (prompt, new) = (args.prompt_tokens, args.new_tokens);
-    let pixels: Vec<f32> = (0..3 * size * size).map(|i| (i * 7919 % 4093) as f32 / 2046.5 - 1.0).collect();
-    let pixels = subject.runner.ops().upload(Tensor::from_slice(&[1, 3, size, size], &pixels))?;
-    let id = |i: usize| (i * 31 % vocab_size) as u32;
-    let slots: Vec<Slot> = (0..prompt)
-        .map(|i| match i.checked_sub(prompt.saturating_sub(image_tokens) / 2) {
-            Some(row) if row < image_tokens => Slot::Image { feature_row: row },
-            _ => Slot::Token(id(i)),
-        })
-        .collect();
+    let slots = made_up_prompt(prompt, &config)?;
+    let pixels = subject.runner.ops().upload(made_up_pixels(1, &config))?;
     let phase = |name, batch_size, tokens, context| Phase { name, batch_size, tokens, context, runs: Vec::new() };
-    let mut encode = phase("encode", 1, image_tokens, 0);
+    let mut encode = phase("encode", 1, config.tokens_per_image(), 0);
     let mut prefill = phase("prefill", 1, prompt, prompt);
     let decode = |&n: &usize| phase("decode", n, n * (new - 1), prompt + new - 1);
     let mut decodes: Vec<_> = args.batch_size.iter().map(decode).collect();
@@ -161,7 +183,7 @@ pub fn measure(args: &Args, subject: &mut Subject) -> Result<Vec<Phase>> {
             let tables = &mut tables[..decode.batch_size];
             stopwatch.time(decode, |runner| {
                 (0..new - 1).try_for_each(|i| {
-                    let step = |table| Step { table, past: prompt + i, token: id(i) };
+                    let step = |table| Step { table, past: prompt + i, token: made_up_token(i, &config) };
                     runner.step(&mut tables.iter_mut().map(step).collect::<Vec<_>>(), |_| {})
                 })
             })?;

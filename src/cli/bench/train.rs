@@ -6,13 +6,13 @@ use llava_engine::device::Device;
 use llava_engine::engine::open_grad_device;
 use llava_engine::error::{Error, Result};
 use llava_engine::model::checkpoint::{Beside, Checkpoint};
-use llava_engine::profile::OpRecord;
+use llava_engine::profile::{OpRecord, Profiled};
 use llava_engine::train::config::{Config, SETTINGS};
 use llava_engine::train::trial::Trial;
 use llava_engine::weights::hub::resolve;
 use llava_engine::weights::random::Random;
 
-use super::measure::{Phase, Probed, Run, say};
+use super::measure::{Phase, Probed, Run, made_up_pixels, made_up_prompt, made_up_token, say, so_far};
 use super::{About, Args, Weights, shape};
 
 /// The settings that `--train` says, over those of a preset.
@@ -38,14 +38,18 @@ pub fn measure(args: &Args, device: Device, weights: Weights) -> Result<(About, 
     let computes = config.dtype.dtype();
     let (ops, note) = open_grad_device(device, args.threads, computes)?;
     note.iter().for_each(|note| eprintln!("llava-engine: {note}"));
-    let (name, mut trial) = match &args.model {
+    let ops = Profiled::new(ops);
+    let (records, ops) = (ops.records(), Box::new(ops));
+    let (name, prompt, mut trial) = match &args.model {
         Some(model) => {
             let checkpoint = Checkpoint::open(&resolve(&model.to_string_lossy())?, Beside { model_base: None, mmproj: None })?;
-            (model.display().to_string(), Trial::new(ops, config, &checkpoint.config, &checkpoint.weights)?)
+            let prompt = made_up_prompt(args.prompt_tokens, &checkpoint.config)?;
+            (model.display().to_string(), prompt, Trial::new(ops, config, &checkpoint.config, &checkpoint.weights)?)
         }
         None => {
             let (name, shape) = shape(args)?;
-            (name.to_owned(), Trial::new(ops, config, &shape, &Random::packed(weights.dtype, weights.recipe))?)
+            let prompt = made_up_prompt(args.prompt_tokens, &shape)?;
+            (name.to_owned(), prompt, Trial::new(ops, config, &shape, &Random::packed(weights.dtype, weights.recipe))?)
         }
     };
     let about = About::new(name, trial.ops(), trial.model(), computes, start.elapsed().as_secs_f64() * 1e3);
@@ -53,15 +57,19 @@ pub fn measure(args: &Args, device: Device, weights: Weights) -> Result<(About, 
     let phase = |&n: &usize| Phase { name: "train", batch_size: n, tokens: n * length, context: length, runs: Vec::new() };
     let mut phases: Vec<_> = args.batch_size.iter().map(phase).collect();
     for phase in &mut phases {
-        let mut rows = trial.rows(phase.batch_size, args.prompt_tokens, args.new_tokens)?;
-        let work = OpRecord { flops: trial.flops(&rows), ..OpRecord::default() };
+        let config = trial.model().config();
+        let answer: Vec<u32> = (0..args.new_tokens).map(|i| made_up_token(i, config)).collect();
+        let mut rows = trial.rows(made_up_pixels(phase.batch_size, config), &prompt, &answer)?;
         trial.step(&mut rows)?;
         let mut probed = Probed::new(trial.ops())?;
         for i in 0..args.repeat {
             say(&format!("{} rows, step {} of {}", phase.batch_size, i + 1, args.repeat));
+            let before = so_far(&records);
             let start = Instant::now();
             trial.step(&mut rows)?;
             let ms = start.elapsed().as_secs_f64() * 1e3;
+            // What is computed again does not count.
+            let work = OpRecord { flops: trial.flops(&rows), packed_flops: 0.0, ..so_far(&records).since(before) };
             phase.runs.push(Run { ms, work, peaks: probed.of_run(trial.ops())? });
         }
     }
