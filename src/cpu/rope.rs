@@ -2,7 +2,7 @@
 
 use half::slice::HalfFloatSliceExt;
 
-use super::pool::Pool;
+use super::pool::{Disjoint, Pool};
 use crate::dtype::DType;
 use crate::ops::{Heads, KvLayer, RopeTable, Rotation, Span, kv};
 use crate::tensor::Tensor;
@@ -16,8 +16,11 @@ fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
     }
 }
 
-/// Rotates the queries and keys of a span's rows in place, each by its position, or back.
-fn rotate_span(pool: &Pool, rows: &mut [f32], rope: &RopeTable, span: &Span<'_>, heads: Heads, rotation: Rotation) {
+/// Rows of a task.
+const ROWS: usize = 16;
+
+/// Rotates queries and keys in place by the position of their row, or back by it.
+pub fn rope(pool: &Pool, qkv: &mut [f32], rope: &RopeTable, spans: &[Span<'_>], heads: Heads, rotation: Rotation) {
     let (width, dim, half) = (heads.qkv_width(), heads.head_dim, heads.head_dim / 2);
     let rotated = heads.q_width() + heads.kv_width();
     let (cos, sin) = (rope.cos.as_slice::<f32>(), rope.sin.as_slice::<f32>());
@@ -25,7 +28,14 @@ fn rotate_span(pool: &Pool, rows: &mut [f32], rope: &RopeTable, span: &Span<'_>,
         Rotation::Forward => 1.0,
         Rotation::Inverse => -1.0,
     };
-    pool.for_rows(rows, width, 8, |first, rows| {
+    // All spans at once: a batch of short ones would else be as many hand-overs to the threads.
+    let tasks: Vec<_> = spans.iter().flat_map(|span| (0..span.n_rows).step_by(ROWS).map(move |first| (span, first))).collect();
+    let qkv = Disjoint::new(qkv);
+    pool.run(tasks.len(), &|i| {
+        let (span, first) = tasks[i];
+        let n_rows = ROWS.min(span.n_rows - first);
+        // SAFETY: spans have rows of their own, and tasks rows of their span.
+        let rows = unsafe { qkv.slice((span.first_row + first) * width, n_rows * width) };
         for (i, row) in rows.chunks_exact_mut(width).enumerate() {
             let angle = (span.past + first + i) * half..(span.past + first + i + 1) * half;
             for head in row[..rotated].chunks_exact_mut(dim) {
@@ -33,15 +43,6 @@ fn rotate_span(pool: &Pool, rows: &mut [f32], rope: &RopeTable, span: &Span<'_>,
             }
         }
     });
-}
-
-/// Rotates queries and keys in place by the position of their row, or back by it.
-pub fn rope(pool: &Pool, qkv: &mut [f32], rope: &RopeTable, spans: &[Span<'_>], heads: Heads, rotation: Rotation) {
-    let width = heads.qkv_width();
-    for span in spans {
-        let rows = &mut qkv[span.first_row * width..(span.first_row + span.n_rows) * width];
-        rotate_span(pool, rows, rope, span, heads, rotation);
-    }
 }
 
 /// Rounds `values` into row `slot` of `cache`, with a scale of their own if it has scales.
@@ -61,10 +62,10 @@ fn store(cache: &mut Tensor, scales: Option<&mut Tensor>, slot: usize, values: &
 
 /// Rotates queries and keys in place by the position of their row, then writes keys and values to their pages.
 pub fn rope_append(pool: &Pool, qkv: &mut [f32], cache: &mut KvLayer, rope: &RopeTable, spans: &[Span<'_>], heads: Heads) {
+    self::rope(pool, qkv, rope, spans, heads, Rotation::Forward);
     let (width, dim) = (heads.qkv_width(), heads.head_dim);
     for span in spans {
-        let rows = &mut qkv[span.first_row * width..(span.first_row + span.n_rows) * width];
-        rotate_span(pool, rows, rope, span, heads, Rotation::Forward);
+        let rows = &qkv[span.first_row * width..(span.first_row + span.n_rows) * width];
         let page_tokens = cache.page_tokens();
         for (i, row) in rows.chunks_exact(width).enumerate() {
             let position = span.past + i;

@@ -176,7 +176,7 @@ pub fn sample(ids: &Tensor, logits: &Tensor, seen: &Tensor, draws: &[Draw]) -> R
     Ok(vocab)
 }
 
-/// Refuses spans that leave the batch, or whose pages do not hold them.
+/// Refuses spans that leave the batch, or share rows, or whose pages do not hold them.
 pub(super) fn spans(op: &'static str, spans: &[Span<'_>], tokens: usize, kv: Option<&KvLayer>) -> Result<()> {
     for span in spans {
         if span.first_row + span.n_rows > tokens {
@@ -191,7 +191,13 @@ pub(super) fn spans(op: &'static str, spans: &[Span<'_>], tokens: usize, kv: Opt
             return Err(Error::shape(op, "page", format!("below {}", kv.k.rows()), page));
         }
     }
-    Ok(())
+    // Each row is written by one task: no two spans may have it.
+    let mut sorted: Vec<_> = spans.iter().filter(|span| span.n_rows > 0).collect();
+    sorted.sort_by_key(|span| span.first_row);
+    match sorted.windows(2).find(|pair| pair[0].first_row + pair[0].n_rows > pair[1].first_row) {
+        Some(pair) => Err(Error::shape(op, "first row of a span", "beyond the rows of the one before", pair)),
+        None => Ok(()),
+    }
 }
 
 fn cache(op: &'static str, kv: &KvLayer, heads: Heads) -> Result<()> {
