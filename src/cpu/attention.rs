@@ -63,6 +63,16 @@ impl<'a> Stack<'a> {
         self.span.past + if self.op.causal { q / self.op.group() + 1 } else { self.span.n_rows }
     }
 
+    /// How many of `n_keys` keys from position `key` on query `q` sees; of queries in a row, the last sees most.
+    pub fn n_seen(&self, q: usize, key: usize, n_keys: usize) -> usize {
+        self.visible(q).saturating_sub(key).min(n_keys)
+    }
+
+    /// The first query that sees position `key`; those after it see it too.
+    pub fn first_to_see(&self, key: usize) -> usize {
+        if self.op.causal { key.saturating_sub(self.span.past) * self.op.group() } else { 0 }
+    }
+
     /// Row and head of query `q`.
     fn row_head(&self, q: usize) -> (usize, usize) {
         let group = self.op.group();

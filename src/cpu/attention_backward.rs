@@ -8,9 +8,9 @@
 //! dV = Pᵀ·do         dK = dSᵀ·q              dq = dS·K
 //! ```
 //!
-//! All five products run in the tiles of the linear layer. A task owns one key and value head of a span, with all queries that use it:
-//! nothing is added up between tasks, so that results do not depend on how threads share them. (The price: there is no more work at a time
-//! than spans times key and value heads.)
+//! All five products run in the tiles of the linear layer, without those, and those steps of k, in which no query sees a key. A task owns one
+//! key and value head of a span, with all queries that use it: nothing is added up between tasks, so that results do not depend on how
+//! threads share them. (The price: there is no more work at a time than spans times key and value heads.)
 
 use std::cmp::Reverse;
 
@@ -121,9 +121,8 @@ impl Backward<'_> {
             let [q, d_out, q_rows, d_out_rows, s, dp] = of_queries.map(|len| carve(&mut rest, len));
             let mut work = Work { dq, delta, lse, k_columns, v_columns, k_rows, dk, dv, q, d_out, q_rows, d_out_rows, s, dp };
             work.dq.fill(0.0);
+            isa.run(Deltas { backward: self, stack, delta: &mut work.delta[..n] });
             for q in 0..n {
-                let at = stack.out_index(q)..stack.out_index(q) + d;
-                work.delta[q] = self.d_out[at.clone()].iter().zip(&self.out[at]).map(|(a, b)| a * b).sum();
                 work.lse[q] = self.lse[stack.head_index(q)];
             }
             // SAFETY: each head of a row of a span is written by the one task that owns it.
@@ -133,8 +132,7 @@ impl Backward<'_> {
                 isa.run(PackKeys { stack, key, n_keys, work: &mut work });
                 work.dk.fill(0.0);
                 work.dv.fill(0.0);
-                let first = if self.op.causal { key * group } else { 0 };
-                for query in (first..n).step_by(QUERIES) {
+                for query in (stack.first_to_see(key)..n).step_by(QUERIES) {
                     let n_queries = QUERIES.min(n - query);
                     for i in 0..n_queries {
                         work.q[i * d..][..d].copy_from_slice(stack.query(query + i));
@@ -152,6 +150,38 @@ impl Backward<'_> {
                 write(stack.query_index(q), &work.dq[q * width..]);
             }
         });
+    }
+}
+
+/// D of the queries of a stack.
+struct Deltas<'a, 'w> {
+    backward: &'a Backward<'a>,
+    stack: Stack<'a>,
+    delta: &'w mut [f32],
+}
+
+impl Kernel for Deltas<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let d = self.stack.op.heads.head_dim;
+        let (whole, rest) = (d / S::LANES * S::LANES, d % S::LANES);
+        for (q, delta) in self.delta.iter_mut().enumerate() {
+            let at = self.stack.out_index(q);
+            let (a, b) = (self.backward.d_out[at..][..d].as_ptr(), self.backward.out[at..][..d].as_ptr());
+            // SAFETY: the instructions are there, says the caller; both have d elements.
+            unsafe {
+                let mut sum = S::splat(0.0);
+                for i in (0..whole).step_by(S::LANES) {
+                    sum = S::fma(S::load(a.add(i)), S::load(b.add(i)), sum);
+                }
+                if rest > 0 {
+                    sum = S::fma(S::load_part(a.add(whole), rest), S::load_part(b.add(whole), rest), sum);
+                }
+                *delta = S::reduce_add(sum);
+            }
+        }
     }
 }
 
@@ -225,6 +255,15 @@ impl Kernel for Block<'_, '_> {
             (q_rows[i], d_out_rows[i]) = (work.q[i * d..].as_ptr(), work.d_out[i * d..].as_ptr());
         }
         const { assert!(QUERIES.is_multiple_of(S::MR)) };
+        // Of each tile of queries, how many keys one of them sees; of each tile of keys, which query is the first to see one.
+        let (mut seen, mut first) = ([0; QUERIES], [0; KEYS]);
+        for (i, seen) in (0..n_queries).step_by(S::MR).zip(&mut seen) {
+            *seen = stack.n_seen(query + (i + S::MR).min(n_queries) - 1, key, n_keys);
+        }
+        for (i, first) in (0..n_keys).step_by(S::MR).zip(&mut first) {
+            *first = stack.first_to_see(key + i).saturating_sub(query).min(n_queries);
+        }
+        let (cols, steps, later) = (Part::Cols(&seen), Part::Steps(&seen), Part::StepsFrom(&first));
         let by_row = Rows { row: d, step: 1 };
         // SAFETY: the instructions are there, says the caller; all buffers have room for whole tiles.
         unsafe {
@@ -232,19 +271,19 @@ impl Kernel for Block<'_, '_> {
             pack_panels::<S>(work.d_out_rows, QUERIES, &d_out_rows[..n_queries], d);
             let (s, dp) = (work.s.as_mut_ptr(), work.dp.as_mut_ptr());
             let of_keys = [n_queries, n_keys, d];
-            product::<S>(of_keys, work.q.as_ptr(), by_row, work.k_columns.as_ptr(), d, s, STRIDE, false);
-            product::<S>(of_keys, work.d_out.as_ptr(), by_row, work.v_columns.as_ptr(), d, dp, STRIDE, false);
+            product::<S>(of_keys, work.q.as_ptr(), by_row, work.k_columns.as_ptr(), d, s, STRIDE, false, cols);
+            product::<S>(of_keys, work.d_out.as_ptr(), by_row, work.v_columns.as_ptr(), d, dp, STRIDE, false, cols);
             for i in 0..n_queries {
-                let n_visible = stack.visible(query + i).saturating_sub(key).min(n_keys);
+                let n_visible = stack.n_seen(query + i, key, n_keys);
                 let (s, dp) = (&mut work.s[i * STRIDE..][..STRIDE], &mut work.dp[i * STRIDE..][..STRIDE]);
                 d_softmax::<S>(s, dp, n_visible, stack.op.scale, work.lse[query + i], work.delta[query + i]);
             }
             let by_column = Rows { row: 1, step: STRIDE };
             let of_queries = [n_keys, d, n_queries];
-            product::<S>(of_queries, s, by_column, work.d_out_rows.as_ptr(), QUERIES, work.dv.as_mut_ptr(), width, true);
-            product::<S>(of_queries, dp, by_column, work.q_rows.as_ptr(), QUERIES, work.dk.as_mut_ptr(), width, true);
+            product::<S>(of_queries, s, by_column, work.d_out_rows.as_ptr(), QUERIES, work.dv.as_mut_ptr(), width, true, later);
+            product::<S>(of_queries, dp, by_column, work.q_rows.as_ptr(), QUERIES, work.dk.as_mut_ptr(), width, true, later);
             let (by_row, dq) = (Rows { row: STRIDE, step: 1 }, work.dq[query * width..].as_mut_ptr());
-            product::<S>([n_queries, d, n_keys], dp, by_row, work.k_rows.as_ptr(), KEYS, dq, width, true);
+            product::<S>([n_queries, d, n_keys], dp, by_row, work.k_rows.as_ptr(), KEYS, dq, width, true, steps);
         }
     }
 }
@@ -256,7 +295,18 @@ struct Rows {
     step: usize,
 }
 
-/// C = A·B, or C += A·B if `add`, for A `[rows, k]`, B `[k, cols]` in panels of `panel_rows`, and C in rows of `stride`.
+/// What of C = A·B is computed, by tiles of rows.
+#[derive(Clone, Copy)]
+enum Part<'a> {
+    /// As many columns of C, in whole panels.
+    Cols(&'a [usize]),
+    /// All columns, by as many steps of k: what A has beyond is zero.
+    Steps(&'a [usize]),
+    /// All columns, by the steps of k from this one on: what A has before is zero.
+    StepsFrom(&'a [usize]),
+}
+
+/// `part` of C = A·B, or of C += A·B if `add`, for A `[rows, k]`, B `[k, cols]` in panels of `panel_rows`, and C in rows of `stride`.
 ///
 /// # Safety
 /// That of [`Simd`]; all have room for whole tiles.
@@ -271,14 +321,24 @@ unsafe fn product<S: Simd>(
     c: *mut f32,
     stride: usize,
     add: bool,
+    part: Part<'_>,
 ) {
     for j in (0..cols).step_by(S::NR) {
-        for i in (0..rows).step_by(S::MR) {
+        for (t, i) in (0..rows).step_by(S::MR).enumerate() {
+            let (cols, steps) = match part {
+                Part::Cols(n) => (n[t], 0..k),
+                Part::Steps(n) => (cols, 0..n[t]),
+                Part::StepsFrom(first) => (cols, first[t]..k),
+            };
+            if j >= cols || steps.is_empty() {
+                continue;
+            }
             // SAFETY: the caller's.
             unsafe {
-                let (a, b, c) = (a.add(i * a_rows.row), panels.add(j * panel_rows), c.add(i * stride + j));
+                let (a, b) = (a.add(i * a_rows.row + steps.start * a_rows.step), panels.add(j * panel_rows + steps.start * S::NR));
+                let c = c.add(i * stride + j);
                 with_height!(S::MR.min(rows - i), S, M => {
-                    let acc = tile::<S, M, false>(k, a, a_rows.row, a_rows.step, 0, b);
+                    let acc = tile::<S, M, false>(steps.len(), a, a_rows.row, a_rows.step, 0, b);
                     store_tile::<S, M>(&acc, c, stride, add);
                 });
             }

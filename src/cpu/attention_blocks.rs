@@ -7,7 +7,7 @@
 //! l = α·l + Σ P   O = α·O + P·V              m = m'                  at the end: out = O / l
 //! ```
 //!
-//! Both products run in the tiles of the linear layer; K and V are packed as its weights are. Blocks that no query sees are skipped.
+//! Both products run in the tiles of the linear layer; K and V are packed as its weights are. Tiles that no query sees are skipped.
 
 #![allow(clippy::needless_range_loop)] // lanes, rows and columns are indexed alike, and unrolled
 
@@ -159,6 +159,9 @@ impl Kernel for Block<'_, '_> {
         unsafe {
             for j in (0..n_keys).step_by(S::NR) {
                 for i in (0..n).step_by(S::MR) {
+                    if j >= stack.n_seen(first + (i + S::MR).min(n) - 1, key, n_keys) {
+                        continue;
+                    }
                     let (q, k, s) = (work.q[i * d..].as_ptr(), work.k[j * d..].as_ptr(), work.s[i * KEYS + j..].as_mut_ptr());
                     with_height!(S::MR.min(n - i), S, M => {
                         let acc = tile::<S, M, false>(d, q, d, 1, 0, k);
@@ -167,7 +170,7 @@ impl Kernel for Block<'_, '_> {
                 }
             }
             for i in 0..n {
-                let n_visible = stack.visible(first + i).saturating_sub(key).min(n_keys);
+                let n_visible = stack.n_seen(first + i, key, n_keys);
                 let row = &mut work.s[i * KEYS..][..KEYS];
                 if work.is_scaled {
                     scale(&mut row[..n_keys], work.k_scales);
@@ -180,10 +183,12 @@ impl Kernel for Block<'_, '_> {
             }
             for j in (0..d).step_by(S::NR) {
                 for i in (0..n).step_by(S::MR) {
+                    // P is zero beyond what the last of these queries sees.
+                    let n_seen = stack.n_seen(first + (i + S::MR).min(n) - 1, key, n_keys);
                     let (p, v, o) =
                         (work.s[i * KEYS..].as_ptr(), work.v[j * KEYS..].as_ptr(), work.o[i * width + j..].as_mut_ptr());
                     with_height!(S::MR.min(n - i), S, M => {
-                        let acc = tile::<S, M, false>(n_keys, p, KEYS, 1, 0, v);
+                        let acc = tile::<S, M, false>(n_seen, p, KEYS, 1, 0, v);
                         add_scaled::<S, M>(&acc, o, width, &work.alpha[i..]);
                     });
                 }
@@ -223,7 +228,9 @@ pub(super) unsafe fn softmax<S: Simd>(row: &mut [f32], n_visible: usize, n_keys:
         if whole < n_keys {
             row[whole..n_keys].fill(0.0);
         }
-        (new_max, (m - new_max).exp(), S::reduce_add(sum))
+        // Before the first block there is nothing, which takes no exp to know.
+        let alpha = if m == f32::NEG_INFINITY { 0.0 } else { (m - new_max).exp() };
+        (new_max, alpha, S::reduce_add(sum))
     }
 }
 
