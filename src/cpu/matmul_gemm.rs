@@ -345,7 +345,7 @@ struct Multiply<'a> {
     a: &'a [f32],
     /// Packed columns of B, for this block of steps.
     b: &'a [f32],
-    /// Tiles `[panels of A][panels of B][MR, NR]`.
+    /// Tiles `[panels of A][panels of B][MR, NR]`; if there is one block of steps, one tile.
     sums: &'a mut [f32],
     out: &'a Output<'a>,
     /// Rows of A.
@@ -386,7 +386,9 @@ impl Multiply<'_> {
                 for i in first..self.panels.end.min(first + group) {
                     let a = self.a[plan.a_panel(step, n_steps, i)..][..n_steps * S::MR].as_ptr();
                     let b = self.b[j * n_steps * S::NR..][..n_steps * S::NR].as_ptr();
-                    let at = ((i - self.panels.start) * b_panels + j) * S::MR * S::NR;
+                    // Sums of one block do not wait, and one place serves all tiles: it stays in L1.
+                    let waiting = if is_first && is_last { 0 } else { (i - self.panels.start) * b_panels + j };
+                    let at = waiting * S::MR * S::NR;
                     let sums = self.sums[at..][..S::MR * S::NR].as_mut_ptr();
                     let height = S::MR.min(self.rows - i * S::MR);
                     // SAFETY: these slices are what a tile reads and writes.
