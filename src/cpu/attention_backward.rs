@@ -8,8 +8,8 @@
 //! dV = Pᵀ·do         dK = dSᵀ·q              dq = dS·K
 //! ```
 //!
-//! All five products run in the tiles of the linear layer, without those, and those steps of k, in which no query sees a key. A task owns one
-//! key and value head of a span, with all queries that use it: nothing is added up between tasks, so that results do not depend on how
+//! All five products run in the tiles of the linear layer; tiles, and steps of them, in which no query sees a key are left out. A task owns
+//! one key and value head of a span, with all queries that use it: nothing is added up between tasks, so that results do not depend on how
 //! threads share them. (The price: there is no more work at a time than spans times key and value heads.)
 
 use std::cmp::Reverse;
@@ -18,7 +18,7 @@ use super::attention::{Attention, Kv, Stack};
 use super::pool::{Disjoint, Pool};
 use super::scratch::{carve, padded, with_scratch};
 use super::simd::{self, Isa, Kernel, MAX_LANES, NV, Simd};
-use super::tile::{MAX_ROWS, pack_columns, pack_rows, store_tile, tile, with_height};
+use super::tile::{MAX_ROWS, pack_columns, pack_lanes, pack_rows, store_tile, tile, with_height};
 use crate::ops::{Heads, Span};
 
 /// Keys in a block.
@@ -93,7 +93,7 @@ struct Work<'a> {
     k_rows: &'a mut [f32],
     dk: &'a mut [f32],
     dv: &'a mut [f32],
-    /// Of a block of queries: q and do `[QUERIES, head_dim]`, and the same in panels `[width / NR][QUERIES, NR]`.
+    /// Of a block of queries: q and do in panels `[QUERIES / MR][head_dim, MR]`, and the same in panels `[width / NR][QUERIES, NR]`.
     q: &'a mut [f32],
     d_out: &'a mut [f32],
     q_rows: &'a mut [f32],
@@ -134,11 +134,7 @@ impl Backward<'_> {
                 work.dv.fill(0.0);
                 for query in (stack.first_to_see(key)..n).step_by(QUERIES) {
                     let n_queries = QUERIES.min(n - query);
-                    for i in 0..n_queries {
-                        work.q[i * d..][..d].copy_from_slice(stack.query(query + i));
-                        work.d_out[i * d..][..d].copy_from_slice(&self.d_out[stack.out_index(query + i)..][..d]);
-                    }
-                    isa.run(Block { stack, query, n_queries, key, n_keys, width, work: &mut work });
+                    isa.run(Block { backward: self, stack, query, n_queries, key, n_keys, width, work: &mut work });
                 }
                 for i in 0..n_keys {
                     let k = (stack.span.first_row + key + i) * heads.qkv_width() + heads.q_width() + stack.kv_head * d;
@@ -232,6 +228,7 @@ unsafe fn pack_panels<S: Simd>(panels: &mut [f32], panel_rows: usize, rows: &[*c
 
 /// Adds what a block of queries and the keys that were packed give each other, in the steps that the head of this file names.
 struct Block<'a, 'w> {
+    backward: &'a Backward<'a>,
     stack: Stack<'a>,
     query: usize,
     n_queries: usize,
@@ -247,12 +244,13 @@ impl Kernel for Block<'_, '_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { stack, query, n_queries, key, n_keys, width, work } = self;
+        let Self { backward, stack, query, n_queries, key, n_keys, width, work } = self;
         let d = stack.op.heads.head_dim;
         let mut q_rows = [std::ptr::null::<f32>(); QUERIES];
         let mut d_out_rows = [std::ptr::null::<f32>(); QUERIES];
         for i in 0..n_queries {
-            (q_rows[i], d_out_rows[i]) = (work.q[i * d..].as_ptr(), work.d_out[i * d..].as_ptr());
+            q_rows[i] = stack.query(query + i).as_ptr();
+            d_out_rows[i] = backward.d_out[stack.out_index(query + i)..][..d].as_ptr();
         }
         const { assert!(QUERIES.is_multiple_of(S::MR)) };
         // Of each tile of queries, how many keys one of them sees; of each tile of keys, which query is the first to see one.
@@ -263,34 +261,43 @@ impl Kernel for Block<'_, '_> {
         for (i, first) in (0..n_keys).step_by(S::MR).zip(&mut first) {
             *first = stack.first_to_see(key + i).saturating_sub(query).min(n_queries);
         }
-        let (cols, steps, later) = (Part::Cols(&seen), Part::Steps(&seen), Part::StepsFrom(&first));
-        let by_row = Rows { row: d, step: 1 };
-        // SAFETY: the instructions are there, says the caller; all buffers have room for whole tiles.
+        let (cols, steps, tails) = (Part::Cols(&seen), Part::Steps(&seen), Part::StepsFrom(&first));
+        let packed = Rows { tile: d, row: 1, step: S::MR };
+        let by_row = Rows { tile: STRIDE, row: STRIDE, step: 1 };
+        let by_column = Rows { tile: 1, row: 1, step: STRIDE };
+        // SAFETY: the instructions are there, says the caller; rows have d elements, and all buffers have room for whole tiles.
         unsafe {
+            for (rows, panels) in [(&q_rows, &mut *work.q), (&d_out_rows, &mut *work.d_out)] {
+                for (i, rows) in rows[..n_queries].chunks(S::MR).enumerate() {
+                    pack_lanes::<S, f32>(panels[i * S::MR * d..].as_mut_ptr(), rows, d, S::MR);
+                }
+            }
             pack_panels::<S>(work.q_rows, QUERIES, &q_rows[..n_queries], d);
             pack_panels::<S>(work.d_out_rows, QUERIES, &d_out_rows[..n_queries], d);
             let (s, dp) = (work.s.as_mut_ptr(), work.dp.as_mut_ptr());
             let of_keys = [n_queries, n_keys, d];
-            product::<S>(of_keys, work.q.as_ptr(), by_row, work.k_columns.as_ptr(), d, s, STRIDE, false, cols);
-            product::<S>(of_keys, work.d_out.as_ptr(), by_row, work.v_columns.as_ptr(), d, dp, STRIDE, false, cols);
+            product::<S>(of_keys, work.q.as_ptr(), packed, work.k_columns.as_ptr(), d, s, STRIDE, false, cols);
+            product::<S>(of_keys, work.d_out.as_ptr(), packed, work.v_columns.as_ptr(), d, dp, STRIDE, false, cols);
             for i in 0..n_queries {
                 let n_visible = stack.n_seen(query + i, key, n_keys);
                 let (s, dp) = (&mut work.s[i * STRIDE..][..STRIDE], &mut work.dp[i * STRIDE..][..STRIDE]);
                 d_softmax::<S>(s, dp, n_visible, stack.op.scale, work.lse[query + i], work.delta[query + i]);
             }
-            let by_column = Rows { row: 1, step: STRIDE };
             let of_queries = [n_keys, d, n_queries];
-            product::<S>(of_queries, s, by_column, work.d_out_rows.as_ptr(), QUERIES, work.dv.as_mut_ptr(), width, true, later);
-            product::<S>(of_queries, dp, by_column, work.q_rows.as_ptr(), QUERIES, work.dk.as_mut_ptr(), width, true, later);
-            let (by_row, dq) = (Rows { row: STRIDE, step: 1 }, work.dq[query * width..].as_mut_ptr());
+            product::<S>(of_queries, s, by_column, work.d_out_rows.as_ptr(), QUERIES, work.dv.as_mut_ptr(), width, true, tails);
+            product::<S>(of_queries, dp, by_column, work.q_rows.as_ptr(), QUERIES, work.dk.as_mut_ptr(), width, true, tails);
+            let dq = work.dq[query * width..].as_mut_ptr();
             product::<S>([n_queries, d, n_keys], dp, by_row, work.k_rows.as_ptr(), KEYS, dq, width, true, steps);
         }
     }
 }
 
-/// How the numbers of A lie: elements from one row to the next, and from one step to the next.
+/// How the numbers of A lie. (A tile wants rows a constant apart: its addresses are then one register and constants.)
 #[derive(Clone, Copy)]
 struct Rows {
+    /// Where a tile begins, in elements for each row before it.
+    tile: usize,
+    /// Elements from one row of a tile to the next, and from one step to the next.
     row: usize,
     step: usize,
 }
@@ -298,11 +305,11 @@ struct Rows {
 /// What of C = A·B is computed, by tiles of rows.
 #[derive(Clone, Copy)]
 enum Part<'a> {
-    /// As many columns of C, in whole panels.
+    /// As many columns of C, in whole panels. The others are left as they are.
     Cols(&'a [usize]),
-    /// All columns, by as many steps of k: what A has beyond is zero.
+    /// All columns, by as many steps of k: what A has beyond is zero. To be added only: a tile of no steps is left as it is.
     Steps(&'a [usize]),
-    /// All columns, by the steps of k from this one on: what A has before is zero.
+    /// The same by the steps of k from this one on: what A has before is zero.
     StepsFrom(&'a [usize]),
 }
 
@@ -335,7 +342,7 @@ unsafe fn product<S: Simd>(
             }
             // SAFETY: the caller's.
             unsafe {
-                let (a, b) = (a.add(i * a_rows.row + steps.start * a_rows.step), panels.add(j * panel_rows + steps.start * S::NR));
+                let (a, b) = (a.add(i * a_rows.tile + steps.start * a_rows.step), panels.add(j * panel_rows + steps.start * S::NR));
                 let c = c.add(i * stride + j);
                 with_height!(S::MR.min(rows - i), S, M => {
                     let acc = tile::<S, M, false>(steps.len(), a, a_rows.row, a_rows.step, 0, b);

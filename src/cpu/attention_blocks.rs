@@ -185,6 +185,9 @@ impl Kernel for Block<'_, '_> {
                 for i in (0..n).step_by(S::MR) {
                     // P is zero beyond what the last of these queries sees.
                     let n_seen = stack.n_seen(first + (i + S::MR).min(n) - 1, key, n_keys);
+                    if n_seen == 0 {
+                        continue;
+                    }
                     let (p, v, o) =
                         (work.s[i * KEYS..].as_ptr(), work.v[j * KEYS..].as_ptr(), work.o[i * width + j..].as_mut_ptr());
                     with_height!(S::MR.min(n - i), S, M => {
