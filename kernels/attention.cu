@@ -110,7 +110,7 @@ static_assert(MMA_ROWS <= MMA_TOKENS, "the tile of Q passes through a stage of K
 // Rows of D elements in shared memory, with a gap of 16 bytes: D / 8 + 1 chunks of 16 bytes is odd, so the eight rows that ldmatrix reads
 // at once begin in eight different groups of banks.
 template <int D> struct MmaTile {
-    static constexpr int STRIDE = D + 8;
+    static constexpr int STRIDE = MMA_STRIDE<D>;
     static constexpr int ELEMENTS = MMA_TOKENS * STRIDE;
     static constexpr int CHUNKS = D / 8;
     static_assert(D % 16 == 0 && MMA_TOKENS * CHUNKS % THREADS == 0, "threads copy equal shares");

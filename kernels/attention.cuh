@@ -22,9 +22,13 @@ template <typename T, int STRIDE, typename From> __device__ inline void copy_row
     }
 }
 
-// sums += s·Y for the 16 rows of a warp and a tile Y of 8·N rows, D + 8 elements apart; s is rounded to T: the sums of two neighbouring
-// fragments are the operand of the next product as they lie.
+// Elements from one row of a tile for tensor cores to the next: a gap of 16 bytes puts neighbouring rows into other banks.
+template <int D> constexpr int MMA_STRIDE = D + 8;
+
+// sums += s·Y for the 16 rows of a warp and a tile Y of 8·N rows; s is rounded to T: the sums of two neighbouring fragments are the
+// operand of the next product as they lie.
 template <typename T, int D, int N> __device__ inline void accumulate(float (&sums)[D / 8][4], const float (&s)[N][4], const T* tile) {
+    static_assert(N % 2 == 0, "a step takes two fragments");
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int k = 0; k < N / 2; ++k) {
@@ -33,7 +37,7 @@ template <typename T, int D, int N> __device__ inline void accumulate(float (&su
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             uint32_t b[4];
-            ldmatrix_x4_trans(b, tile + (16 * k + lane % 16) * (D + 8) + 16 * n + lane / 16 * 8);
+            ldmatrix_x4_trans(b, tile + (16 * k + lane % 16) * MMA_STRIDE<D> + 16 * n + lane / 16 * 8);
             const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
             mma_m16n8k16<T>(sums[2 * n], a, low);
             mma_m16n8k16<T>(sums[2 * n + 1], a, high);

@@ -85,9 +85,9 @@ constexpr int MMA_PASS = 32;
 // One tile is computed while the next arrives.
 constexpr int STAGES = 2;
 
-// Rows of D elements, with a gap of 16 bytes: as in attention.cu.
+// Tiles of own and of passing rows, D elements each.
 template <int D> struct MmaTile {
-    static constexpr int STRIDE = D + 8, CHUNKS = D / 8;
+    static constexpr int STRIDE = MMA_STRIDE<D>, CHUNKS = D / 8;
     static constexpr int OWN = MMA_OWN * STRIDE, PASS = MMA_PASS * STRIDE;
     // What a launch asks for; the same in src/cuda/attention_grad.rs: own rows, passing rows, lse and delta of these.
     static constexpr int SHARED_BYTES = 2 * (OWN + STAGES * PASS) * 2 + STAGES * 2 * MMA_PASS * 4;

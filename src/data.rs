@@ -8,9 +8,10 @@
 //! ```
 //!
 //! `image` is a path within a folder that is named beside the file; it may be a list of them, or missing, and then the row is text only.
-//! A first turn that is not the user's is dropped, and a picture's mark is moved to the front of its turn, as LLaVA's own code does. Where
+//! An answer to nothing at the start is dropped, and a picture's mark is moved to the front of its turn, as LLaVA's own code does. Where
 //! that goes on silently with another number of marks than pictures, or a mark in an answer, such a row is an error here. A row may begin with
-//! `{"from": "system", "value": ...}`, which LLaVA's own code cannot read and other trainers can: its system prompt, in place of the template's.
+//! `{"from": "system", "value": ...}`, which LLaVA's own code cannot read and other trainers can: its system prompt, in place of the
+//! template's. An empty one is none.
 
 mod file;
 
@@ -225,19 +226,26 @@ fn checked(file: &Path, image_folder: &Path, number: usize, written: Written) ->
     let turns = written.conversations;
     let n_words = turns.iter().map(|t| t.value.split(is_space).filter(|word| !word.is_empty()).count()).sum();
     let (system, turns) = match &turns[..] {
-        [first, rest @ ..] if first.from == "system" => (Some(first.value.clone()), rest),
+        [first, rest @ ..] if first.from == "system" => (Some(first.value.clone()).filter(|words| !words.is_empty()), rest),
         turns => (None, turns),
     };
     let mut row = Row { file: file.to_owned(), number, id, images, system, exchanges: Vec::new(), n_words };
     if turns.is_empty() {
-        return Err(row.fault(Fault::Empty, "it has no turns"));
+        return Err(row.fault(Fault::Empty, "it has no turns of `human` and `gpt`"));
     }
     if let Some(turn) = turns.iter().find(|t| t.from != "human" && t.from != "gpt") {
         let problem = match &*turn.from {
             "system" => "a turn is from `system` behind the first: one may stand in front of all others",
-            _ => &format!("a turn is from `{}`: turns are from `human` or `gpt`", turn.from),
+            _ => &format!(
+                "a turn is from `{}`: turns are from `human` or `gpt`, and one in front of all may be from `system`",
+                turn.from
+            ),
         };
         return Err(row.fault(Fault::Roles, problem));
+    }
+    if !row.images.is_empty() && row.system.as_ref().is_some_and(|words| words.contains(IMAGE_MARK)) {
+        let problem = format!("a mark {IMAGE_MARK} is in its system prompt: pictures belong to questions");
+        return Err(row.fault(Fault::Marks, problem));
     }
     // As in LLaVA's own code, an answer to nothing is dropped.
     let turns = &turns[usize::from(turns[0].from == "gpt")..];

@@ -4,6 +4,14 @@ mod support;
 
 use std::process::Command;
 
+use llava_engine::device::Device;
+use llava_engine::dtype::DType;
+use llava_engine::engine::open_grad_device;
+use llava_engine::model::Slot;
+use llava_engine::model::checkpoint::{Beside, Checkpoint};
+use llava_engine::tensor::Tensor;
+use llava_engine::train::config::Config;
+use llava_engine::train::trial::Trial;
 use support::fixture;
 
 /// A token's keys and values in that checkpoint: 2 of 32 f32 in each of 2 layers.
@@ -85,7 +93,7 @@ fn training_is_measured_too() {
         let rows = document["rows"].as_array().unwrap();
         assert!(rows.len() == 1 && document["time_to_first_token"].is_null(), "{document}");
         assert_eq!((&rows[0]["phase"], &rows[0]["tokens"], &rows[0]["context"]), (&"train".into(), &90.into(), &45.into()));
-        assert!(rows[0]["percent_of_limit"].as_f64().unwrap() > 0.0, "{document}");
+        assert!(rows[0]["percent_of_limit"].as_f64().unwrap() > 0.0 && rows[0]["gbps"].as_f64().unwrap() > 0.0, "{document}");
         rows[0]["flops"].as_f64().unwrap()
     };
     let full = ["tune=full", "tune_vision=full", "dtype=f32", "recompute=selective"];
@@ -99,6 +107,21 @@ fn training_is_measured_too() {
     let table =
         String::from_utf8(bench(&["--repeat", "1", "--device", "cpu", "--batch-size", "1", "--train", "tune=lora"])).unwrap();
     assert!(table.contains("| train | 1 | 45 | 45 |") && !table.contains("first token"), "{table}");
+}
+
+/// The steps that are timed are steps of training: a row that is learned again and again is known better each time.
+#[test]
+fn steps_that_are_measured_learn() {
+    let settings = "tune = 'full'\ntune_vision = 'full'\ndtype = 'f32'\nlr = 1e-3".parse().unwrap();
+    let checkpoint = Checkpoint::open(&fixture("checkpoints/hf_mha_f32"), Beside { model_base: None, mmproj: None }).unwrap();
+    let (ops, _) = open_grad_device(Device::Cpu, 2, DType::F32).unwrap();
+    let mut trial = Trial::new(ops, Config::resolve(None, settings).unwrap(), &checkpoint.config, &checkpoint.weights).unwrap();
+    let (n, side) = (checkpoint.config.tokens_per_image(), checkpoint.config.vision.image_size);
+    let prompt: Vec<Slot> = (0..n).map(|feature_row| Slot::Image { feature_row }).collect();
+    let pixels = Tensor::from_slice(&[2, 3, side, side], &vec![0.5f32; 2 * 3 * side * side]);
+    let mut rows = trial.rows(pixels, &prompt, &[5, 9, 5, 7]).unwrap();
+    let losses: Vec<f64> = (0..6).map(|_| trial.step(&mut rows).unwrap()).collect();
+    assert!(losses.is_sorted_by(|a, b| a > b), "{losses:?}");
 }
 
 #[test]
@@ -116,7 +139,7 @@ fn shapes_and_sizes_that_make_no_sense_are_refused() {
         (&["--train", "rank=8"], "KEY=VALUE"),
         (&["--train", "tune=most"], "most"),
         (&["--train", "lora_r=few"], "few"),
-        (&["--train", "tune=lora", "--layers", "1", "--prompt-tokens", "64"], "576"),
+        (&["--train", "tune=lora", "--layers", "1", "--prompt-tokens", "64"], "--prompt-tokens 64: a picture alone takes 576"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_llava-engine")).arg("bench").args(flags).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();

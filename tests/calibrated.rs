@@ -259,6 +259,8 @@ fn answers_are_told_from_the_rest() {
         let expected = [1, 3].map(|i| turns[i].text.clone()).into_iter().zip(ends).map(|(text, end)| text + end);
         let got: Vec<String> = answers.iter().map(|a| a.trim_start().to_owned()).collect();
         assert_eq!(got, expected.collect::<Vec<_>>(), "{template:?}");
+        let with_system = engine.example(Some("Be brief, please."), &turns, 1).unwrap();
+        assert!(with_system.slots != example.slots && with_system.n_answer_tokens() == example.n_answer_tokens(), "{template:?}");
         assert_eq!(example.n_answer_tokens(), example.is_answer.iter().filter(|a| **a).count());
         for turns in [&turns[..1], &[], &turns[..3]] {
             assert!(engine.example(None, turns, 1).is_err(), "{template:?}: {} turns", turns.len());

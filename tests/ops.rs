@@ -349,6 +349,10 @@ fn rope_append_refuses_spans_without_room() {
         assert!(refused(16, &[0, 1]).contains("pages of a span"));
         assert!(refused(16, &[0, 1, 5]).contains("page is 5"));
         assert!(refused(11, &[0, 1, 2]).contains("cos"));
+        let span = |first_row, page: &'static [u32]| Span { first_row, n_rows: 2, past: 0, pages: page };
+        let spans = [span(4, &[0]), span(0, &[1]), span(5, &[2])];
+        let shared = device.ops.rope_append(&mut qkv, &mut kv, &table(4), &spans, heads).unwrap_err().to_string();
+        assert!(shared.contains("rows of two spans"), "{shared}");
     }
 }
 

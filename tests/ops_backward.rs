@@ -193,9 +193,15 @@ fn linear_of_hostile_shapes() {
 #[test]
 fn linear_of_several_blocks() {
     let devices = grad_devices();
-    for (tokens, n, k, margin) in
-        [(577, 111, 300, (3, 4)), (989, 37, 129, (0, 0)), (3, 989, 577, (1, 0)), (111, 577, 989, (0, 0)), (1600, 19, 40, (0, 7))]
-    {
+    for (tokens, n, k, margin) in [
+        (577, 111, 300, (3, 4)),
+        (989, 37, 129, (0, 0)),
+        (3, 989, 577, (1, 0)),
+        (111, 577, 989, (0, 0)),
+        (1600, 19, 40, (0, 7)),
+        (40, 300, 1100, (0, 0)),
+        (31, 509, 40, (3, 0)),
+    ] {
         Linear { margin, ..Linear::new(tokens, n, k) }.check(&devices);
     }
 }

@@ -102,6 +102,7 @@ fn broken_rows_are_named_with_row_and_line() {
         (of(&[q.clone(), turn("system", "s"), a.clone()]), Fault::Roles, "a turn is from `system` behind the first"),
         (of(&[turn("system", "s"), turn("system", "s"), q.clone(), a.clone()]), Fault::Roles, "from `system` behind the first"),
         (of(&[turn("system", "s")]), Fault::Empty, "it has no turns"),
+        (with_image(&[turn("system", "<image>"), q.clone(), a.clone()]), Fault::Marks, "a mark <image> is in its system prompt"),
         (of(&[turn("system", "s"), q.clone()]), Fault::NoAnswer, "nothing to learn"),
         (with_image(&[q.clone(), a.clone()]), Fault::Marks, "1 pictures, but its text has 0 marks <image>"),
         (of(&[turn("human", "<image> q"), a.clone()]), Fault::Marks, "0 pictures, but its text has 1 marks <image>"),

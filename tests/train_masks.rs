@@ -308,15 +308,14 @@ fn several_images_stand_in_front_of_their_question() {
 #[test]
 fn a_row_may_have_its_own_system_prompt() {
     let (_name, tokenizer) = &tokenizers(&fixture("tokenizer/tokenizer.model"))[0];
-    let row = |system: &str| {
-        let system = format!(r#"{{"from": "system", "value": "{system}"}}, "#);
-        let system = if system.contains("\"\"") { "" } else { &system };
+    let row = |system: Option<&str>| {
+        let system = system.map_or(String::new(), |words| format!(r#"{{"from": "system", "value": "{words}"}}, "#));
         rows(&format!(r#"{{"conversations": [{system}{{"from": "human", "value": "q"}}, {{"from": "gpt", "value": "a"}}]}}"#))
             .1
             .row(0)
             .unwrap()
     };
-    let text = |template: &str, system: &str| {
+    let text = |template: &str, system: Option<&str>| {
         let stretches = masker(tokenizer, template, 999).preview(&row(system)).unwrap();
         let text = |s: Stretch| match s {
             Stretch::Context(text) => text,
@@ -332,13 +331,16 @@ fn a_row_may_have_its_own_system_prompt() {
         ("mpt", "<|im_start|>system\nS<|im_end|><|im_start|>user\nq<|im_end|><|im_start|>assistant\n[a<|im_end|>]"),
         ("llama_2", "[INST] <<SYS>>\nS\n<</SYS>>\n\nq [/INST][ a </s>]"),
     ] {
-        assert_eq!(text(template, "S"), expected, "{template}");
+        assert_eq!(text(template, Some("S")), expected, "{template}");
     }
     // With the words of v1, the template that has none becomes it.
-    let whole = text("v1", "");
+    let whole = text("v1", None);
     let words = whole.split(" USER:").next().unwrap();
     assert!(words.len() > 100);
-    assert_eq!(text("hf", words), whole);
+    assert_eq!(text("hf", Some(words)), whole);
+    assert_eq!(text("v1", Some("")), whole);
+    let error = masker(tokenizer, "plain", 999).mask(&row(Some("S"))).unwrap_err();
+    assert!(error.fault == Fault::Template && error.error.to_string().contains("no place for a system prompt"), "{}", error.error);
 }
 
 #[test]

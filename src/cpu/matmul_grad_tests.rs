@@ -15,7 +15,8 @@ use crate::tensor::Tensor;
 fn twins() {
     let pool = Pool::new(2);
     for isa in [Isa::Wide, Isa::WideBf16] {
-        for (tokens, n, k) in [(1, 1, 1), (3, 17, 33), (15, 40, 64), (300, 29, 130), (33, 270, 45)] {
+        for (tokens, n, k) in [(1, 1, 1), (3, 17, 33), (15, 40, 64), (300, 29, 130), (33, 270, 45), (40, 300, 1100), (31, 512, 40)]
+        {
             for dtype in [DType::F32, DType::Bf16] {
                 let what = format!("{tokens}x{n}x{k} in {dtype} on {isa}");
                 let w = Tensor::from_slice(&[n, k], &random(n * k, 1)).converted(dtype);

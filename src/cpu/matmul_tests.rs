@@ -112,7 +112,16 @@ fn every_height_of_a_tile() {
 #[test]
 fn several_blocks() {
     for isa in Isa::tested() {
-        for (tokens, n, k) in [(577, 111, 989), (111, 577, 513), (989, 70, 300), (9, 989, 1025), (3, 989, 2051)] {
+        for (tokens, n, k) in [
+            (577, 111, 989),
+            (111, 577, 513),
+            (989, 70, 300),
+            (9, 989, 1025),
+            (3, 989, 2051),
+            (33, 1100, 300),
+            (40, 1040, 600),
+            (45, 33, 512),
+        ] {
             for dtype in [DType::F32, DType::Bf16] {
                 Case { dtype, bias: true, ..Case::new(tokens, n, k) }.check(isa);
             }

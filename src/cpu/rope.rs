@@ -19,7 +19,7 @@ fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
 /// Rows of a task.
 const ROWS: usize = 16;
 
-/// Rotates queries and keys in place by the position of their row, or back by it.
+/// Rotates queries and keys in place by the position of their row, or back by it. Spans share no rows: ops check that.
 pub fn rope(pool: &Pool, qkv: &mut [f32], rope: &RopeTable, spans: &[Span<'_>], heads: Heads, rotation: Rotation) {
     let (width, dim, half) = (heads.qkv_width(), heads.head_dim, heads.head_dim / 2);
     let rotated = heads.q_width() + heads.kv_width();
@@ -34,7 +34,7 @@ pub fn rope(pool: &Pool, qkv: &mut [f32], rope: &RopeTable, spans: &[Span<'_>], 
     pool.run(tasks.len(), &|i| {
         let (span, first) = tasks[i];
         let n_rows = ROWS.min(span.n_rows - first);
-        // SAFETY: spans have rows of their own, and tasks rows of their span.
+        // SAFETY: spans have rows of their own, says the caller, and tasks rows of their span.
         let rows = unsafe { qkv.slice((span.first_row + first) * width, n_rows * width) };
         for (i, row) in rows.chunks_exact_mut(width).enumerate() {
             let angle = (span.past + first + i) * half..(span.past + first + i + 1) * half;

@@ -195,7 +195,7 @@ pub(super) fn spans(op: &'static str, spans: &[Span<'_>], tokens: usize, kv: Opt
     let mut sorted: Vec<_> = spans.iter().filter(|span| span.n_rows > 0).collect();
     sorted.sort_by_key(|span| span.first_row);
     match sorted.windows(2).find(|pair| pair[0].first_row + pair[0].n_rows > pair[1].first_row) {
-        Some(pair) => Err(Error::shape(op, "first row of a span", "beyond the rows of the one before", pair)),
+        Some(pair) => Err(Error::shape(op, "rows of two spans", "none in common", pair)),
         None => Ok(()),
     }
 }

@@ -30,7 +30,7 @@ impl Evaluation {
 ///
 /// # Errors
 /// As [`Engine::example`], with the row's place.
-pub(super) fn example(engine: &Engine, row: &Row) -> Result<Example> {
+pub(super) fn example_of(engine: &Engine, row: &Row) -> Result<Example> {
     let turns = row.exchanges.iter().map(|e| [Turn::user(&e.question, e.n_images), Turn::assistant(&e.answer)]);
     let turns: Vec<Turn> = turns.flatten().collect();
     engine.example(row.system.as_deref(), &turns, row.images.len()).map_err(|e| row.error(e))
@@ -43,8 +43,8 @@ pub(super) fn example(engine: &Engine, row: &Row) -> Result<Example> {
 pub fn evaluate(dense: &mut Engine, quantized: &mut Engine, rows: &[Row]) -> Result<Evaluation> {
     let mut sums = Evaluation { n_rows: rows.len(), ..Evaluation::default() };
     for row in rows {
-        let (example, images) = (example(dense, row)?, row.load_images()?);
-        if self::example(quantized, row)? != example {
+        let (example, images) = (example_of(dense, row)?, row.load_images()?);
+        if example_of(quantized, row)? != example {
             return Err(Error::usage("the two models read a text as different tokens: they cannot be compared"));
         }
         let mut expected: Vec<Vec<f64>> = Vec::with_capacity(example.n_answer_tokens());

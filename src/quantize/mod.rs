@@ -258,7 +258,7 @@ impl<'a> Data<'a> {
             ..EngineOptions::default()
         };
         let engine = Engine::open(model, &options)?;
-        let examples = calibration.rows.iter().map(|row| evaluate::example(&engine, row)).collect::<Result<_>>()?;
+        let examples = calibration.rows.iter().map(|row| evaluate::example_of(&engine, row)).collect::<Result<_>>()?;
         Ok(Self { engine, options, calibration, examples })
     }
 

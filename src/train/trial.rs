@@ -80,19 +80,20 @@ impl Trial {
         model_flops(config, trained_whole(&self.config), lora::n_added(&self.config, config), &rows.size)
     }
 
-    /// Makes a step, and waits for its end.
+    /// Makes a step, waits for its end, and returns the mean loss of what it learned, in nats.
     ///
     /// # Errors
     /// If it fails; if a gradient is not finite.
-    pub fn step(&mut self, rows: &mut Rows) -> Result<()> {
+    pub fn step(&mut self, rows: &mut Rows) -> Result<f64> {
         let Rows { tape, pixels, slots, is_learned, size } = rows;
         self.model.set_pass(Some(self.n_done));
         let batch = Batch { slots, is_learned, lengths: &size.lengths };
         let scale = self.optimizer.loss_scale().map_or(1.0, |scale| scale.value()) / size.n_learned as f32;
-        self.model.gradients(&*self.ops, tape, Some(pixels), &batch, scale)?;
+        let loss = self.model.gradients(&*self.ops, tape, Some(pixels), &batch, scale)?;
         self.optimizer.step(&*self.ops, &mut self.model, 1.0)?;
         self.n_done += 1;
         // A device does what it is asked in that order: when this has come from it, all before is done.
-        self.ops.download(&self.ops.alloc(&[1], DType::F32)?).map(drop)
+        self.ops.download(&self.ops.alloc(&[1], DType::F32)?)?;
+        Ok(loss / size.n_learned as f64)
     }
 }

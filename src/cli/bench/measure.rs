@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::time::Instant;
 
 use llava_engine::dtype::DType;
-use llava_engine::error::{Error, Result};
+use llava_engine::error::Result;
 use llava_engine::infer::kv::PageTable;
 use llava_engine::infer::runner::{Runner, Step};
 use llava_engine::model::Slot;
@@ -131,27 +131,21 @@ pub fn made_up_token(i: usize, config: &LlavaConfig) -> u32 {
     (i * 31 % config.text.vocab_size) as u32
 }
 
-/// A prompt of `n` tokens, those of a picture in its middle.
-///
-/// # Errors
-/// If the picture's are more.
-pub fn made_up_prompt(n: usize, config: &LlavaConfig) -> Result<Vec<Slot>> {
+/// A prompt of `n` tokens, those of a picture in its middle, or as many of these as it has room for.
+pub fn made_up_prompt(n: usize, config: &LlavaConfig) -> Vec<Slot> {
     let image_tokens = config.tokens_per_image();
-    let Some(n_text) = n.checked_sub(image_tokens) else {
-        return Err(Error::usage(format!("--prompt-tokens {n}: a picture alone takes {image_tokens} tokens of this model")));
-    };
-    let slot = |i: usize| match i.checked_sub(n_text / 2) {
+    let slot = |i: usize| match i.checked_sub(n.saturating_sub(image_tokens) / 2) {
         Some(feature_row) if feature_row < image_tokens => Slot::Image { feature_row },
         _ => Slot::Token(made_up_token(i, config)),
     };
-    Ok((0..n).map(slot).collect())
+    (0..n).map(slot).collect()
 }
 
 /// Runs every phase as often as `args` say, in turn: encoding one picture, reading one prompt with it, and decoding, for each batch size.
 pub fn measure(args: &Args, subject: &mut Subject) -> Result<Vec<Phase>> {
     let config = subject.runner.model().config().clone();
     let (prompt, new) = (args.prompt_tokens, args.new_tokens);
-    let slots = made_up_prompt(prompt, &config)?;
+    let slots = made_up_prompt(prompt, &config);
     let pixels = subject.runner.ops().upload(made_up_pixels(1, &config))?;
     let phase = |name, batch_size, tokens, context| Phase { name, batch_size, tokens, context, runs: Vec::new() };
     let mut encode = phase("encode", 1, config.tokens_per_image(), 0);

@@ -5,7 +5,9 @@ use std::time::Instant;
 use llava_engine::device::Device;
 use llava_engine::engine::open_grad_device;
 use llava_engine::error::{Error, Result};
+use llava_engine::model::Slot;
 use llava_engine::model::checkpoint::{Beside, Checkpoint};
+use llava_engine::model::config::LlavaConfig;
 use llava_engine::profile::{OpRecord, Profiled};
 use llava_engine::train::config::{Config, SETTINGS};
 use llava_engine::train::trial::Trial;
@@ -31,6 +33,16 @@ fn settings(said: &[String]) -> Result<Config> {
     Config::resolve(None, table)
 }
 
+/// A prompt of `n` tokens with all of a picture.
+fn prompt_of_picture(n: usize, config: &LlavaConfig) -> Result<Vec<Slot>> {
+    match config.tokens_per_image() {
+        of_picture if n < of_picture => {
+            Err(Error::usage(format!("--prompt-tokens {n}: a picture alone takes {of_picture} tokens of this model")))
+        }
+        _ => Ok(made_up_prompt(n, config)),
+    }
+}
+
 /// As many steps of each batch size as `args` say, after one that is not timed.
 pub fn measure(args: &Args, device: Device, weights: Weights) -> Result<(About, Vec<Phase>)> {
     let start = Instant::now();
@@ -43,12 +55,12 @@ pub fn measure(args: &Args, device: Device, weights: Weights) -> Result<(About, 
     let (name, prompt, mut trial) = match &args.model {
         Some(model) => {
             let checkpoint = Checkpoint::open(&resolve(&model.to_string_lossy())?, Beside { model_base: None, mmproj: None })?;
-            let prompt = made_up_prompt(args.prompt_tokens, &checkpoint.config)?;
+            let prompt = prompt_of_picture(args.prompt_tokens, &checkpoint.config)?;
             (model.display().to_string(), prompt, Trial::new(ops, config, &checkpoint.config, &checkpoint.weights)?)
         }
         None => {
             let (name, shape) = shape(args)?;
-            let prompt = made_up_prompt(args.prompt_tokens, &shape)?;
+            let prompt = prompt_of_picture(args.prompt_tokens, &shape)?;
             (name.to_owned(), prompt, Trial::new(ops, config, &shape, &Random::packed(weights.dtype, weights.recipe))?)
         }
     };
@@ -68,8 +80,9 @@ pub fn measure(args: &Args, device: Device, weights: Weights) -> Result<(About, 
             let start = Instant::now();
             trial.step(&mut rows)?;
             let ms = start.elapsed().as_secs_f64() * 1e3;
-            // What is computed again does not count.
-            let work = OpRecord { flops: trial.flops(&rows), packed_flops: 0.0, ..so_far(&records).since(before) };
+            // FLOPs without what is computed again; bytes of all that was done.
+            let work =
+                OpRecord { flops: trial.flops(&rows), packed_flops: 0.0, stored_bytes: 0.0, ..so_far(&records).since(before) };
             phase.runs.push(Run { ms, work, peaks: probed.of_run(trial.ops())? });
         }
     }

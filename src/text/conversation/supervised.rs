@@ -49,6 +49,9 @@ impl Conversation {
 
     /// `<image>caption\n`.
     fn caption(&self, writer: &mut Writer) -> Result<()> {
+        if self.system.as_deref().is_some_and(|words| !words.is_empty()) {
+            return Err(Error::template(self.template.name(), "it has no place for a system prompt"));
+        }
         let [Turn::User { n_images: n_images @ 1.., .. }, caption @ Turn::Assistant { .. }] = &self.turns[..] else {
             let problem = "it takes one question with an image and its answer; of anything else it would drop the text";
             return Err(Error::template(self.template.name(), problem));
