@@ -17,6 +17,7 @@ from PIL import Image
 
 import lessons
 from scenes import TRAINING_WEIGHTS, conversation, render, sample_scene
+from tokenizer import SYSTEM
 
 IMAGE_SIZE = 112
 PATCH_SIZE = 14
@@ -46,6 +47,7 @@ def model_input(image, pad):
 LESSON_SEED = 500_000_000
 CROWDED = {"patches": 1, "places": 1 / 2, "pairs": 1, "restated": 1 / 2, "order": 1 / 8, "talk": 0}  # shares of pictures
 
+PROMPTED = {"order": 1 / 3, "talk": 1 / 3}  # shares of rows with LLaVA-1.5's system prompt
 ORDER_SHARE = {"restated": 1 / 3, "order": 3 / 4}  # of short questions, those about what stands where
 
 
@@ -75,13 +77,15 @@ def training_rows(what, folder, turns, i):
         rows.append(lessons.pairs(scene, rng) + lessons.pairs(scene, rng))
     if what in ("patches", "places") or i % 8 == 0:
         rows.append(lessons.patches(scene, pad, crowded, rng))
-    return [{"id": f"{name} {k}", "image": name, "conversations": said(row)} for k, row in enumerate(rows)]
+    rows = [said(row, has_system=rng.random() < PROMPTED.get(what, 0)) for row in rows]
+    return [{"id": f"{name} {k}", "image": name, "conversations": row} for k, row in enumerate(rows)]
 
 
-def said(turns):
+def said(turns, has_system=False):
     """Questions and answers as LLaVA's rows have them, the picture before the first."""
     mark = ["<image>\n"] + [""] * (len(turns) - 1)
-    return [part for m, (q, a) in zip(mark, turns) for part in ({"from": "human", "value": m + q}, {"from": "gpt", "value": a})]
+    spoken = [part for m, (q, a) in zip(mark, turns) for part in ({"from": "human", "value": m + q}, {"from": "gpt", "value": a})]
+    return [{"from": "system", "value": SYSTEM}] * has_system + spoken
 
 
 def write_training(what, folder, count, turns, first):

@@ -18,14 +18,14 @@ data() {
   [ -e "$out/data/$1/rows.json" ] || "$python" "$here/make_data.py" "$1" --out "$out/data/$1" --count "$2" --turns "$3"
 }
 
-# lesson NAME MODEL STEPS RATE FLAGS...: what is learnt comes from data/NAME, without what follows a dash
+# lesson NAME MODEL STEPS RATE FLAGS...: what is learnt comes from data/NAME
 lesson() {
   local name=$1 model=$2 steps=$3 rate=$4
   shift 4
   [ -e "$out/$name/config.json" ] && return
   "$engine" finetune --model "$model" --output "$out/$name" --resume --tune full --tune-vision full --template hf --dtype f32 \
-    --data "$out/data/${name%-*}/rows.json" --image-folder "$out/data" --max-steps "$steps" --epochs 100 --batch-size 16 --accumulation 1 \
-    --recompute selective --lr "$rate" --warmup-steps 100 --beta2 0.98 --weight-decay 0.05 --save-steps 250 --log-steps 25 "$@"
+    --data "$out/data/$name/rows.json" --image-folder "$out/data" --max-steps "$steps" --epochs 100 --batch-size 16 --accumulation 1 \
+    --recompute none --lr "$rate" --warmup-steps 100 --beta2 0.98 --weight-decay 0.05 --save-steps 250 --log-steps 25 "$@"
 }
 
 if [ "$size" = quick ]; then
@@ -42,7 +42,6 @@ lesson pairs "$out/places" 600 1.2e-3 --schedule constant
 data restated 12000 16
 lesson restated "$out/pairs" 1500 1.2e-3 --schedule constant
 data order 24000 16
-lesson order "$out/restated" 1500 1.2e-3 --schedule constant
+lesson order "$out/restated" 2000 1.2e-3 --schedule constant
 data talk 72000 10
-lesson talk-v1 "$out/order" 1500 1.2e-3 --schedule constant --template v1
-lesson talk "$out/talk-v1" 8000 1.2e-3 --schedule cosine --data "$out/data/order/rows.json"
+lesson talk "$out/order" 9000 1.2e-3 --schedule cosine --data "$out/data/order/rows.json"
