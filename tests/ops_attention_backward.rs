@@ -247,7 +247,7 @@ fn attention_refuses_what_does_not_fit() {
         assert!(refused(4, 31, &whole, heads).contains("attention_backward: d_qkv"));
         assert!(refused(4, 32, &[span(1, 4, 0)], heads).contains("rows of a span"));
         assert!(refused(4, 32, &[span(0, 4, 3)], heads).contains("past of a span is 3, expected 0"));
-        assert!(refused(4, 32, &[span(2, 2, 0), span(0, 3, 0)], heads).contains("first row of a span"));
+        assert!(refused(4, 32, &[span(2, 2, 0), span(0, 3, 0)], heads).contains("rows of two spans"));
         assert!(refused(4, 32, &whole, Heads { n_kv_heads: 0, ..heads }).contains("heads"));
         assert!(refused(4, 32, &whole, Heads { head_dim: 12, ..heads }).contains("heads"));
         let mut wrong = device.put_f32(&[4, 3], &[0.0; 12]);
