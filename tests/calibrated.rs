@@ -268,6 +268,26 @@ fn answers_are_told_from_the_rest() {
     }
 }
 
+/// A row's system prompt is read with it: with the words of a template that has them, a row is as that template writes it.
+#[test]
+fn the_system_prompt_of_a_row_counts() {
+    let open_as = |template: &str| {
+        let template = Some(template.to_owned());
+        Engine::open(demo(), &EngineOptions { device: Device::Cpu, threads: 2, template, ..Default::default() }).unwrap()
+    };
+    let plain = unseen().remove(0);
+    let text = open_as("vicuna_v1").prompt(None, &[Turn::user("q", 0)]).unwrap().to_string();
+    let system = text.split(" USER:").next().map(str::to_owned);
+    assert!(system.as_ref().is_some_and(|words| words.len() > 100), "{text}");
+    let (same, other) = (Row { system, ..plain.clone() }, Row { system: Some("It is a game.".to_owned()), ..plain.clone() });
+    let loss = |template: &str, row: &Row| {
+        let [mut dense, mut quantized] = [open_as(template), open_as(template)];
+        evaluate(&mut dense, &mut quantized, std::slice::from_ref(row)).unwrap().dense_loss
+    };
+    assert_eq!(loss("hf", &same), loss("vicuna_v1", &plain));
+    assert_ne!(loss("hf", &other), loss("hf", &same));
+}
+
 /// A file of rows about pictures of the fixtures, and without.
 fn write_rows(dir: &Path, rows: &[Value]) -> PathBuf {
     let file = dir.join("rows.json");

@@ -35,12 +35,11 @@ fn settings(said: &[String]) -> Result<Config> {
 
 /// A prompt of `n` tokens with all of a picture.
 fn prompt_of_picture(n: usize, config: &LlavaConfig) -> Result<Vec<Slot>> {
-    match config.tokens_per_image() {
-        of_picture if n < of_picture => {
-            Err(Error::usage(format!("--prompt-tokens {n}: a picture alone takes {of_picture} tokens of this model")))
-        }
-        _ => Ok(made_up_prompt(n, config)),
+    let of_picture = config.tokens_per_image();
+    if n < of_picture {
+        return Err(Error::usage(format!("--prompt-tokens {n}: a picture alone takes {of_picture} tokens of this model")));
     }
+    Ok(made_up_prompt(n, config))
 }
 
 /// As many steps of each batch size as `args` say, after one that is not timed.
